@@ -1,0 +1,488 @@
+"""HC3-Chinese: from the hub or a file to examples, to a split, to one packed batch, to logits.
+
+    python data.py                                                     # the baike subset: rows, split, token lengths
+    python data.py --data tests/sample.jsonl --model tests/tiny-qwen   # any file, any tokenizer, offline
+    python data.py --data medicine law --protocol strict               # several subsets, whole questions to one part
+
+The first downloads 4,617 questions and a tokenizer once; the second needs no network and takes about ten seconds.
+
+A batch here is one row: its texts laid end to end, without padding. `position_ids` restart with every text, attention
+stays inside a text, and the classifier reads the hidden state of each text's last token. So there is no pad token to
+set, no token is wasted, and a text's logits do not depend on its neighbours.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import unicodedata
+from pathlib import Path
+
+import torch
+import transformers  # lazy: what it offers is imported at its first use
+
+SUBSETS = ("baike", "open_qa", "nlpcc_dbqa", "finance", "medicine", "law", "psychology")
+LABELS = ("human", "chatgpt")  # label 0, label 1
+FIELDS = ("question", "human_answers", "chatgpt_answers")
+PARTS = ("train", "validation", "test")
+SPLIT_SEED = 233  # of the published results; the split never follows --seed, so that runs differ by training alone
+SEED_ROWS = 5000  # the published protocol draws this many of its 9,234 texts
+
+
+# ---- what all four scripts share on the command line ---------------------------------------------
+
+
+class InputError(ValueError):
+    """The user's input cannot be used; the message says in one line what is wrong and what to do."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line, without the usage text."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists the options)\n")
+
+
+def number(kind, low, high=math.inf, open_low=False):
+    """An argparse type: an int or a float within [low, high], or (low, high]; never NaN or infinite."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value) or (open_low and value == low):
+            above = f"above {low}" if open_low else f"at least {low}"
+            raise argparse.ArgumentTypeError(
+                f"{text} is not {above}" + (f" and at most {high}" if high < math.inf else "")
+            )
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return parse
+
+
+def one_line_errors(main):
+    """Decorate `main(argv=None)`: an InputError or an OSError ends as one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except (InputError, OSError) as error:
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            sys.exit(2)
+
+    return wrapped
+
+
+def write_atomically(path, text):
+    """Write `text` (str, as UTF-8, or bytes) to `path` so that the file appears whole or not at all."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+    os.replace(temporary, path)
+
+
+# ---- records: one question with its human and its ChatGPT answers --------------------------------
+
+
+def cache_folder():
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hc3-chinese"
+
+
+def fetch_subset(name):
+    """Path of an HC3-Chinese subset: the cached file, else downloaded from ModelScope, else from Hugging Face.
+
+    Raises InputError with what was tried and why it failed. Both clients check the size of what they receive and
+    ModelScope's its SHA-256; a download that breaks off leaves no file under its final name.
+    """
+    folder = cache_folder()
+    path = folder / f"{name}.jsonl"
+    if path.is_file():  # first, because ModelScope's client asks the hub even for a file it already has
+        return path
+    failures = []
+
+    def from_modelscope():
+        from modelscope import dataset_snapshot_download  # imported here: it costs seconds
+
+        dataset_snapshot_download("AI-ModelScope/HC3-Chinese", allow_patterns=[path.name], local_dir=str(folder))
+
+    def from_huggingface():
+        from huggingface_hub import hf_hub_download
+
+        hf_hub_download("Hello-SimpleAI/HC3-Chinese", path.name, repo_type="dataset", local_dir=folder)
+
+    for hub, download in (("ModelScope", from_modelscope), ("Hugging Face", from_huggingface)):
+        try:
+            download()
+        except Exception as error:  # the clients raise a dozen types; whichever it is, the next hub is tried
+            failures.append(
+                f"{hub}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            )
+        else:
+            if path.is_file():
+                return path
+            failures.append(f"{hub}: has no file {path.name}")  # a pattern that matches nothing is no error there
+    raise InputError(
+        f"cannot download the subset {name!r} ({'; '.join(failures)}). Offline: get {path.name} elsewhere and pass "
+        f"its path, for example --data {path.name}"
+    )
+
+
+def read_records(path):
+    """Yield the records of one HC3 `.jsonl` file; raise InputError with the line's number where one is broken."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 may stand in a string
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
+    for line_number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {line_number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where} is not JSON ({error}): one object a line is expected") from None
+        if not isinstance(record, dict) or any(field not in record for field in FIELDS):
+            found = f"the fields {', '.join(map(repr, record))}" if isinstance(record, dict) else type(record).__name__
+            raise InputError(f"{where} has {found}, not an object with {', '.join(FIELDS)}")
+        if not isinstance(record["question"], str):
+            raise InputError(f"{where}: question is not a string")
+        for field in FIELDS[1:]:
+            answers = [] if record[field] is None else record[field]
+            if not isinstance(answers, list) or not all(a is None or isinstance(a, str) for a in answers):
+                raise InputError(f"{where}: {field} is not a list of strings")
+            record[field] = [None if a is None else valid_unicode(a) for a in answers]
+        yield {field: record[field] for field in FIELDS} | {"question": valid_unicode(record["question"])}
+
+
+def valid_unicode(text):
+    """`text` with each lone surrogate (JSON allows one, UTF-8 and the tokenizer do not) as U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def load_hc3(sources):
+    """Records of one or more sources, in order.
+
+    `sources`: names of HC3-Chinese subsets, "all" for every one of them, or paths of local `.jsonl` files of the same
+    form. Returns a list of dicts: `id` (the row's number within its source, as a string), `question`, `human_answers`,
+    `chatgpt_answers` (lists of str or None) and `subset` (the subset's or the file's name). Raises InputError.
+    """
+    records = []
+    for source in (name for given in sources for name in (SUBSETS if given == "all" else (given,))):
+        path = fetch_subset(source) if source in SUBSETS else Path(source)
+        if path.is_dir():
+            raise InputError(f"{source} is a folder: give the .jsonl files in it")
+        if not path.is_file():
+            raise InputError(f"no file {source!r}, and the subsets are {', '.join(SUBSETS)}, all")
+        subset = source if source in SUBSETS else path.stem
+        rows = [{"id": str(i), **record, "subset": subset} for i, record in enumerate(read_records(path))]
+        if not rows:
+            raise InputError(f"{source} is empty: one JSON object a line with {', '.join(FIELDS)} is expected")
+        records += rows
+    return records
+
+
+# ---- examples: one text with its label -----------------------------------------------------------
+
+
+def normalise(text):
+    """NFC, with each literal backslash-n and each run of white space as one space, ends stripped.
+
+    In HC3 such marks betray the class: a literal backslash-n stands in 91 % of medicine's ChatGPT answers and in no
+    human one. The strict protocol applies this to every text in training and afterwards.
+    """
+    return re.sub(r"(?:\\n|\s)+", " ", unicodedata.normalize("NFC", text)).strip()
+
+
+def make_examples(records, protocol="seed"):
+    """The first non-empty answer of each kind as one example; returns (examples, number of answers missing).
+
+    An example is a dict of `text`, `label` (index into LABELS), `question` and `subset`. Records with both answers
+    give rows 2i (human) and 2i + 1 (ChatGPT).
+    """
+    examples, missing = [], 0
+    for record in records:
+        for label, field in enumerate(FIELDS[1:]):
+            answers = (a if protocol == "seed" else normalise(a) for a in record[field] if a)
+            text = next((a for a in answers if a.strip()), None)
+            if text is None:
+                missing += 1
+            else:
+                examples.append(
+                    {"text": text, "label": label, "question": record["question"], "subset": record["subset"]}
+                )
+    return examples, missing
+
+
+def part_of(question):
+    """The part a question belongs to under the strict protocol: sha256 mod 10 is 0 test, 1 validation, else train."""
+    digit = int(hashlib.sha256(question.encode("utf-8")).hexdigest(), 16) % 10
+    return {0: "test", 1: "validation"}.get(digit, "train")
+
+
+def split_examples(examples, protocol="seed"):
+    """Split into {"train", "validation", "test"}, lists of examples. Raises InputError where a part stays empty.
+
+    seed: the published protocol: 5,000 rows (or all there are) drawn with seed 233, then 8:1:1 by rows, so that a
+    question's two answers may stand in different parts.
+    strict: whole questions by `part_of`; of exact duplicate texts across parts only the copy in the part further
+    from training stays, so that no test text was ever trained on.
+    """
+    if protocol == "seed":
+        import datasets  # its seeded permutations are the protocol
+
+        if len(examples) < 10:
+            raise InputError(f"{len(examples)} texts cannot be split 8:1:1: at least 10 are needed")
+        rows = datasets.Dataset.from_dict({"row": range(len(examples))}).shuffle(seed=SPLIT_SEED)
+        rows = rows.select(range(min(SEED_ROWS, len(examples))))
+        train = rows.train_test_split(train_size=0.8, seed=SPLIT_SEED)
+        held_out = train["test"].train_test_split(train_size=0.5, seed=SPLIT_SEED)
+        drawn = {"train": train["train"], "validation": held_out["train"], "test": held_out["test"]}
+        parts = {part: [examples[row] for row in drawn[part]["row"]] for part in PARTS}
+    else:
+        parts, seen = {part: [] for part in PARTS}, {part: set() for part in PARTS}
+        for example in examples:
+            seen[part_of(example["question"])].add(example["text"])
+        for example in examples:
+            part = part_of(example["question"])
+            if not any(example["text"] in seen[later] for later in PARTS[PARTS.index(part) + 1 :]):
+                parts[part].append(example)
+    for part in PARTS:
+        if not parts[part]:
+            raise InputError(f"the {part} part of these {len(examples)} texts is empty: more questions are needed")
+    if len({example["label"] for example in parts["train"]}) < len(LABELS):
+        raise InputError(f"the training part holds one class only: both {' and '.join(LABELS)} answers are needed")
+    return parts
+
+
+def hash_examples(examples):
+    """SHA-256 (hex) over the texts and labels of a part, in order: tells whether two runs saw the same data."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example["text"], example["label"]]).encode())
+    return digest.hexdigest()
+
+
+# ---- tokens and the packed batch -----------------------------------------------------------------
+
+
+def fetch_model(name, hub="huggingface"):
+    """Folder of a model: `name` itself where it is a folder, else the hub's snapshot of it, from the cache if whole.
+
+    Only JSON, text and safetensors files are fetched, so nothing that is loaded afterwards can carry code.
+    """
+    if Path(name).is_dir():
+        return name
+    if hub == "modelscope":
+        from modelscope import snapshot_download  # imported here: it costs seconds
+    else:
+        from huggingface_hub import snapshot_download
+    wanted = {"allow_patterns": ["*.json", "*.safetensors", "*.txt"]}
+    try:
+        folder = snapshot_download(name, local_files_only=True, **wanted)
+        if list(Path(folder).glob("*.safetensors")) and (Path(folder) / "config.json").is_file():
+            return folder
+    except Exception:  # not cached: each client says so with exceptions of its own
+        pass
+    try:
+        return snapshot_download(name, **wanted)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        other = "modelscope" if hub == "huggingface" else "huggingface"
+        raise InputError(
+            f"no folder {name!r}, and {hub} does not give that model ({reason}). Pass a local folder as --model, or "
+            f"try --hub {other}" + (" (reachable from China)" if other == "modelscope" else "")
+        ) from None
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a model folder, its pad token set (to eos, as Qwen1.5 has it) for those who pad."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenize(tokenizer, texts, max_length=512):
+    """Token ids of each text (list of lists of int), cut at `max_length` tokens (0: not at all), in one batched call.
+
+    Strings such as `<|im_end|>` inside a text are text: they give ordinary tokens. A text without any token (a
+    tokenizer may drop everything) becomes one eos token, so that every text has a last token to classify.
+    """
+    if not texts:
+        return []
+    cut = {"truncation": True, "max_length": max_length} if max_length else {}
+    ids = tokenizer(list(texts), split_special_tokens=True, return_attention_mask=False, verbose=False, **cut)
+    return [row or [tokenizer.eos_token_id] for row in ids["input_ids"]]
+
+
+def pack(token_ids, device="cpu"):
+    """One row of several texts: the keyword arguments of `PackedClassifier.forward`.
+
+    `token_ids`: list of n lists of int, T tokens in all. Returns `input_ids` and `position_ids`, int64 (1, T);
+    `last_tokens`, int64 (n,), where in the row each text ends; `lengths`, a tuple of the n texts' lengths, not a tensor
+    so that cutting the row apart needs no device synchronisation.
+    """
+    lengths = tuple(map(len, token_ids))
+    row = {
+        "input_ids": torch.tensor([[token for ids in token_ids for token in ids]]),  # (1, T)
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],  # (1, T)
+        "last_tokens": torch.tensor(lengths).cumsum(0) - 1,  # (n,)
+    }
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in row.items()} | {"lengths": lengths}
+
+
+def packed_attention(module, query, key, value, attention_mask, lengths, scaling, dropout=0.0, **kwargs):
+    """Causal attention inside each text of a packed row; a transformers attention function ("packed").
+
+    `query` (1, heads, T, head_dim), `key` and `value` (1, kv_heads, T, head_dim), `lengths` as made by `pack`.
+    Returns (1, T, heads, head_dim) and no attention weights.
+    """
+    groups = query.shape[1] // key.shape[1]  # grouped-query attention shares one key head among several query heads
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    window = kwargs.get("sliding_window")
+    texts = []
+    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+        mask, length = None, q.shape[2]
+        if window and length > window:  # a token sees itself and the window - 1 tokens before it
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        texts.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+            )
+        )
+    return torch.cat(texts, dim=2).transpose(1, 2), None
+
+
+def register_packed_attention(model):
+    """Make a transformers model attend as `packed_attention` does."""
+    transformers.AttentionInterface.register("packed", packed_attention)
+    model.set_attn_implementation("packed")
+
+
+class PackedClassifier(torch.nn.Module):
+    """A sequence-classification model (a transformers one, or PEFT's around it) that reads a packed batch.
+
+    `forward(**pack(token_ids))` gives the logits of the n texts, float32 (n, classes). One module with one forward, so
+    that DDP, FSDP and autocast wrap it like any other; what is saved is `self.model`, a plain checkpoint.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        register_packed_attention(self.classifier())
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    def classifier(self):
+        """The transformers model itself, without PEFT's wrapper (its adapter layers are inside)."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def forward(self, input_ids, position_ids, last_tokens, lengths):
+        model = self.classifier()
+        hidden = model.base_model(  # use_cache off: nothing is generated, so no key or value need be kept
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, lengths=lengths
+        ).last_hidden_state  # (1, T, hidden)
+        return model.score(hidden[0, last_tokens]).float()  # (n, classes)
+
+
+def load_classifier(folder, tokenizer, dtype=torch.float32, labels=LABELS, new_head=True):
+    """The sequence-classification model of a local folder, with named labels, in `dtype`.
+
+    `new_head`: the folder holds a language model and the classification head is drawn at random (set the seed first);
+    otherwise every weight must be there. Safetensors only, no code from the folder. Raises InputError.
+    """
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # "newly initialized" is meant for those who forgot to train
+    try:
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            dtype=dtype,
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+            pad_token_id=tokenizer.pad_token_id,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # the loaders raise a dozen types for as many kinds of unusable folder
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder} is no model that can be loaded ({type(error).__name__}: {reason})") from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    missing = [name for name in info["missing_keys"] if not (new_head and name.startswith("score"))]
+    if missing:
+        raise InputError(f"{folder} lacks the weights {', '.join(sorted(missing)[:3])}: the model is incomplete")
+    if not hasattr(model, "score"):
+        raise InputError(f"{type(model).__name__} has no `score` head on the last token: use a decoder such as Qwen1.5")
+    return model
+
+
+# ---- python data.py ------------------------------------------------------------------------------
+
+
+def add_source_option(parser):
+    """The options that several scripts share, with their defaults in one place."""
+    help_text = f"{', '.join(SUBSETS)}, all, or .jsonl files"
+    parser.add_argument("--data", nargs="+", default=["baike"], metavar="SOURCE", help=help_text)
+
+
+def add_hub_option(parser):
+    parser.add_argument("--hub", choices=["huggingface", "modelscope"], default="huggingface", help="where --model is")
+
+
+def add_data_options(parser):
+    add_source_option(parser)
+    split_help = "rows as published, or whole questions, text normalised"
+    parser.add_argument("--protocol", choices=["seed", "strict"], default="seed", help=f"how to split: {split_help}")
+    parser.add_argument("--model", default="Qwen/Qwen1.5-0.5B", help="hub id or local folder of the base model")
+    add_hub_option(parser)
+    parser.add_argument("--max_length", type=number(int, 0), default=512, help="cut texts at so many tokens; 0: never")
+
+
+@one_line_errors
+def main(argv=None):
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    add_data_options(parser)
+    args = parser.parse_args(argv)
+    import datasets
+
+    records = load_hc3(args.data)
+    examples, missing = make_examples(records, args.protocol)
+    parts = split_examples(examples, args.protocol)
+    print(datasets.Dataset.from_list(records))
+    print(json.dumps(records[0], ensure_ascii=False, indent=1))
+    print(f"\n{len(examples)} texts, {missing} answers missing; {args.protocol} protocol:")
+    for part in PARTS:
+        labels = [example["label"] for example in parts[part]]
+        counts = ", ".join(f"{labels.count(i)} {name}" for i, name in enumerate(LABELS))
+        print(f"【data_{'val' if part == 'validation' else part}】 {len(labels)} rows ({counts})")
+    trained_on = {example["question"] for example in parts["train"]}
+    texts_trained_on = {example["text"] for example in parts["train"]}
+    seen = sum(example["question"] in trained_on for example in parts["test"])
+    copies = sum(example["text"] in texts_trained_on for example in parts["test"])
+    print(f"test texts whose question is also in train: {seen}; exact copies of a training text: {copies}")
+
+    tokenizer = load_tokenizer(fetch_model(args.model, args.hub))
+    lengths = sorted(len(ids) for ids in tokenize(tokenizer, [example["text"] for example in examples], 0))
+    quantiles = ", ".join(
+        f"{q} %: {lengths[min(len(lengths) * q // 100, len(lengths) - 1)]}" for q in (0, 25, 50, 75, 95, 100)
+    )
+    print(f"\ntokens a text: {quantiles}; mean {sum(lengths) / len(lengths):.0f}")
+    if args.max_length:
+        kept = sum(min(length, args.max_length) for length in lengths)
+        cut, wasted = sum(length > args.max_length for length in lengths), 1 - kept / (args.max_length * len(lengths))
+        print(f"longer than {args.max_length}: {cut} texts ({cut / len(lengths):.2%}), which are cut there")
+        print(f"padded to {args.max_length}, {wasted:.1%} of all tokens would be padding; packed, none is")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,537 @@
+"""Evaluate a checkpoint on the very test texts of its run, on other data, or on one text.
+
+    python evaluate.py --ckpt out/demo                               # the run's own test part: report and files
+    python evaluate.py --ckpt out/demo --text "总之，建议您咨询专业人士。"     # label and probability of one text
+    python evaluate.py --ckpt out/demo --data tests/sample.jsonl     # other subsets or files, one by one
+
+Each takes seconds with the tiny base of the demo. `run.json` in the checkpoint says what else is needed: the base
+model, the data, the split and its hash, max_length, temperature and threshold. Written to the checkpoint's folder (or
+--output_dir): eval-<name>.json, predictions-<name>.jsonl, and report-<name>.png where matplotlib is installed.
+
+    python evaluate.py --compare out/a/predictions-test.jsonl out/b/predictions-test.jsonl        # are they different?
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+import data
+from data import InputError
+
+LENGTH_EDGES = (32, 64, 128, 256, 512)  # tokens, between the buckets of "accuracy by length"
+
+
+def parse_args(argv=None):
+    parser = data.ArgumentParser(__doc__.splitlines()[0])
+    parser.add_argument("--ckpt", help="folder that train.py wrote")
+    parser.add_argument(
+        "--split", choices=["train", "validation", "test", "all"], help="part to score (test; all of --data)"
+    )
+    parser.add_argument(
+        "--data", nargs="+", help="other subsets or .jsonl files to score, instead of the run's own data"
+    )
+    parser.add_argument("--text", help="print label and probability of this text")
+    parser.add_argument("--example", type=data.number(int, 0), help="print example N of the part, with its prediction")
+    parser.add_argument("--compare", nargs="+", metavar="FILE", help="compare predictions-*.jsonl on the same texts")
+    parser.add_argument("--model", help="base model of an adapter, where it is no longer what run.json says")
+    parser.add_argument(
+        "--hub", choices=["huggingface", "modelscope"], help="where a base model comes from (the run's)"
+    )
+    parser.add_argument(
+        "--max_length", type=data.number(int, 0), help="cut texts at this many tokens; 0: never (the run's)"
+    )
+    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="dtype of the weights")
+    parser.add_argument("--output_dir", type=Path, help="folder for the results (the checkpoint's)")
+    args = parser.parse_args(argv)
+    if not args.ckpt and not args.compare:
+        parser.error("--ckpt FOLDER (written by train.py) is needed, or --compare FILE FILE")
+    return args
+
+
+# ---- checkpoint -> model -------------------------------------------------------------------------
+
+
+def read_run(ckpt):
+    """The run.json of a checkpoint, with what this script relies on checked. Raises InputError."""
+    path = Path(ckpt) / "run.json"
+    if not path.is_file():
+        hint = "train.py did not finish there" if (Path(ckpt) / "unfinished").is_dir() else "not written by train.py"
+        raise InputError(f"{ckpt} holds no finished run (no run.json: {hint})")
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        expected = {
+            "model": str,
+            "hub": str,
+            "data": list,
+            "labels": list,
+            "max_length": int,
+            "lora": bool,
+            "split": dict,
+        }
+        wrong = [name for name, kind in expected.items() if not isinstance(run[name], kind)]
+        if not {"protocol", "sha256"} <= set(run["split"]) or len(run["labels"]) < 2 or run["max_length"] < 0:
+            wrong.append("split, labels or max_length")
+        if not all(isinstance(name, str) for name in run["labels"] + run["data"]):
+            wrong.append("labels or data")
+        if not 0 < run.get("temperature", 1.0) < math.inf:
+            wrong.append("temperature")
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} cannot be read ({type(error).__name__}: {error}): the checkpoint is damaged"
+        ) from None
+    if wrong:
+        raise InputError(f"{path} has an unusable {', '.join(wrong)}: the checkpoint is damaged")
+    return run
+
+
+def load_checkpoint(ckpt, dtype=torch.float32, device="cpu", model=None, hub=None):
+    """The model, the tokenizer and run.json of a checkpoint written by train.py.
+
+    An adapter is merged into its base in float32 before the weights take `dtype`. `model` and `hub` override where the
+    base comes from. Only safetensors are read and no code from the checkpoint runs. Raises InputError.
+    """
+    run = read_run(ckpt)
+    weights = "adapter_model.safetensors" if run["lora"] else "model*.safetensors"
+    if not list(Path(ckpt).glob(weights)):
+        raise InputError(f"{ckpt} holds no {weights}: the checkpoint is incomplete")
+    tokenizer = data.load_tokenizer(ckpt)
+    if not run["lora"]:
+        classifier = data.load_classifier(ckpt, tokenizer, torch.float32, run["labels"], new_head=False)
+    else:
+        from peft import PeftModel
+
+        base = model or run["model"]
+        try:
+            folder = data.fetch_model(base, hub or run["hub"])
+        except InputError as error:
+            raise InputError(f"the adapter's base model cannot be had: {error}. Give it with --model") from None
+        classifier = data.load_classifier(folder, tokenizer, torch.float32, run["labels"])
+        try:
+            classifier = PeftModel.from_pretrained(classifier, str(ckpt)).merge_and_unload()
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise InputError(f"the adapter in {ckpt} does not fit the base model {base} ({reason})") from None
+    return data.PackedClassifier(classifier.to(device, dtype)).eval(), tokenizer, run
+
+
+# ---- model -> predictions ------------------------------------------------------------------------
+
+
+def rows_of(token_ids, tokens_per_row):
+    """Cut range(len(token_ids)) into consecutive packed rows of at most `tokens_per_row` tokens (or one long text)."""
+    row, size = [], 0
+    for index, ids in enumerate(token_ids):
+        if row and size + len(ids) > tokens_per_row:
+            yield row
+            row, size = [], 0
+        row.append(index)
+        size += len(ids)
+    if row:
+        yield row
+
+
+@torch.inference_mode()
+def predict(model, token_ids, device, description="evaluate", process=0, processes=1):
+    """Logits of each text, float32 (n, classes) in numpy, in order; each text is scored exactly once.
+
+    Of several processes each scores every so-many-th row, all run the model equally often (DDP and FSDP want that), and
+    all get the whole result. The rows, and so the logits, do not depend on the number of processes.
+    """
+    rows = list(rows_of(token_ids, 16384 if device.type == "cuda" else 1024))  # tokens; a CPU's cache holds about 1,024
+    scored = []
+    was_training = model.training
+    model.eval()
+    with tqdm(total=len(token_ids), desc=description, unit=" texts", disable=process > 0, leave=False) as bar:
+        for first in range(0, len(rows), processes):
+            mine = first + process
+            row = rows[min(mine, len(rows) - 1)]
+            logits = model(**data.pack([token_ids[index] for index in row], device))
+            if mine < len(rows):
+                scored.append((row, logits))
+            bar.update(sum(map(len, rows[first : first + processes])))
+    model.train(was_training)
+    scored = [(row, logits.cpu().numpy()) for row, logits in scored]
+    if processes > 1:
+        scored = gather_object(scored)
+    order = [index for row, _ in scored for index in row]
+    assert sorted(order) == list(range(len(token_ids))), "every text must be scored exactly once"
+    return np.concatenate([logits for _, logits in scored])[np.argsort(order)]
+
+
+# ---- predictions -> numbers ----------------------------------------------------------------------
+
+
+def softmax(logits):
+    """Probabilities, float64 (n, classes), of logits (n, classes)."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+    return shifted / shifted.sum(1, keepdims=True)
+
+
+def negative_log_likelihood(labels, logits):
+    """Mean cross-entropy in nats."""
+    probability = softmax(logits)[np.arange(len(labels)), labels]
+    return float(-np.log(np.maximum(probability, 1e-300)).mean())
+
+
+def bootstrap_interval(values, groups, draws=2000):
+    """95 % percentile interval of the mean of `values` (n,), whole groups (questions) resampled with replacement.
+
+    Two answers to one question are not independent, so questions are drawn and not texts (Efron and Tibshirani, 1993).
+    """
+    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    total, size = np.bincount(group, values), np.bincount(group)
+    drawn = np.random.default_rng(0).multinomial(len(size), np.full(len(size), 1 / len(size)), draws)  # (draws, groups)
+    return [float(bound) for bound in np.percentile(drawn @ total / (drawn @ size), [2.5, 97.5])]
+
+
+def auroc(positive, scores):
+    """Area under the ROC curve: the probability that a positive text scores higher, ties half (Mann-Whitney U)."""
+    _, level, count = np.unique(scores, return_inverse=True, return_counts=True)
+    rank = (count.cumsum() - (count - 1) / 2)[level]  # average rank among equal scores
+    n_positive = positive.sum()
+    wins = rank[positive].sum() - n_positive * (n_positive + 1) / 2
+    return float(wins / (n_positive * (len(scores) - n_positive)))
+
+
+def reliability(labels, probabilities, bins=15):
+    """Per bin of confidence, equal widths: (texts, mean confidence, accuracy), arrays (bins,) with 0 where empty."""
+    confidence = probabilities.max(1)
+    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+    texts = np.bincount(bin_of, minlength=bins)
+    mean = [
+        np.bincount(bin_of, x, bins) / np.maximum(texts, 1) for x in (confidence, probabilities.argmax(1) == labels)
+    ]
+    return texts, *mean
+
+
+def calibration_error(labels, probabilities):
+    """Expected calibration error over 15 bins (Guo et al., 2017)."""
+    texts, confidence, accuracy = reliability(labels, probabilities)
+    return float((texts * abs(confidence - accuracy)).sum() / texts.sum())
+
+
+def fit_calibration(labels, logits):
+    """Temperature and threshold from the validation part.
+
+    The temperature divides the logits so that the likelihood is highest (Guo et al., 2017), searched in steps of 1 %
+    from 0.1 to 10. The threshold is the probability of the second class that at most 1 % of the first class's texts
+    exceed; None with fewer than 100 of them, or with more than two classes.
+    """
+    grid = np.geomspace(0.1, 10, 463)
+    temperature = float(min(grid, key=lambda t: negative_log_likelihood(labels, logits / t)))
+    human = np.sort(softmax(logits / temperature)[labels == 0, 1])
+    threshold = float(human[-1 - len(human) // 100]) if len(human) >= 100 and logits.shape[1] == 2 else None
+    return temperature, threshold
+
+
+def metrics(labels, logits, questions, subsets, lengths, names=data.LABELS, temperature=1.0, threshold=None):
+    """Everything that eval-<name>.json says about n texts, under plain names.
+
+    `labels` int (n,), `logits` (n, classes); `questions`, `subsets` and `lengths` (tokens) (n,) are what the interval
+    and the breakdowns group by; `names` of the classes. Of two classes the second is the positive one.
+    """
+    predicted, calibrated = logits.argmax(1), softmax(logits / temperature)
+    right = predicted == labels
+    confusion = np.zeros((len(names), len(names)), int)  # (true, predicted)
+    np.add.at(confusion, (labels, predicted), 1)
+    hits, true, called = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    scores = np.stack(
+        [hits / np.maximum(called, 1), hits / np.maximum(true, 1), 2 * hits / np.maximum(true + called, 1)]
+    )
+    result = {
+        "n": len(labels),
+        "accuracy": float(right.mean()),
+        "accuracy_interval": bootstrap_interval(right, questions),
+        "loss": negative_log_likelihood(labels, logits),
+        "per_class": {
+            name: {"precision": precision, "recall": recall, "f1": f1, "n": n}
+            for name, (precision, recall, f1), n in zip(names, scores.T.tolist(), true.tolist(), strict=True)
+        },
+        "confusion": confusion.tolist(),
+        "calibration_error": calibration_error(labels, softmax(logits)),
+        "calibration_error_calibrated": calibration_error(labels, calibrated),
+        "temperature": temperature,
+    }
+    if len(names) == 2 and 0 < labels.sum() < len(labels):
+        result["auroc"] = auroc(labels == 1, logits[:, 1] - logits[:, 0])
+        result["human_called_chatgpt"] = float((predicted[labels == 0] == 1).mean())
+        if threshold is not None:
+            above = calibrated[:, 1] > threshold
+            result["threshold"] = threshold
+            result["human_above_threshold"] = float(above[labels == 0].mean())
+            result["chatgpt_above_threshold"] = float(above[labels == 1].mean())
+
+    def accuracy_of(chosen):
+        return {"n": int(chosen.sum()), "accuracy": float(right[chosen].mean())}
+
+    result["by_subset"] = {str(name): accuracy_of(subsets == name) for name in np.unique(subsets)}
+    bucket = np.digitize(lengths, LENGTH_EDGES)
+    result["by_length"] = [
+        {"tokens_from": ([0, *LENGTH_EDGES])[k], **accuracy_of(bucket == k)} for k in np.unique(bucket)
+    ]
+    return result
+
+
+def compare(paths):
+    """A dict for each pair of prediction files: accuracies, their difference with interval, discordant counts, p.
+
+    p is McNemar's exact two-sided test: of the texts that just one of the two gets right, is the share that the first
+    gets right compatible with one half? Raises InputError where the files are not about the same texts.
+    """
+    runs = []
+    for path in paths:
+        try:
+            lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+            texts = [(line["text_sha256"], line["label"]) for line in lines]
+            right = np.array([line["label"] == line["prediction"] for line in lines])
+            questions = [line["question"] for line in lines]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is not a predictions file ({type(error).__name__}: {error})") from None
+        runs.append((path, texts, right, questions))
+    table = []
+    for position, (first, texts, right, questions) in enumerate(runs):
+        for second, other_texts, other_right, _ in runs[position + 1 :]:
+            if texts != other_texts or not texts:
+                raise InputError(f"{first} and {second} are not about the same texts in the same order: not comparable")
+            wins, losses = int((right & ~other_right).sum()), int((other_right & ~right).sum())
+            tail = sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
+            table.append(
+                {
+                    "first": first,
+                    "second": second,
+                    "n": len(texts),
+                    "accuracies": [float(right.mean()), float(other_right.mean())],
+                    "difference": float(right.mean() - other_right.mean()),
+                    "interval": bootstrap_interval(right.astype(float) - other_right, questions),
+                    "only_first_right": wins,
+                    "only_second_right": losses,
+                    "p": min(1.0, 2 * tail / 2 ** (wins + losses)),
+                }
+            )
+    return table
+
+
+def print_comparison(table):
+    for row in table:
+        low, high = row["interval"]
+        for side, accuracy in zip(("first", "second"), row["accuracies"], strict=True):
+            print(f"{accuracy:.4f}  {row[side]}  ({row['n']} texts, {row[f'only_{side}_right']} right alone)")
+        print(
+            f"difference {row['difference']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}, McNemar p {row['p']:.3g}\n"
+        )
+
+
+# ---- the report -----------------------------------------------------------------------------------
+
+
+def describe(model, run):
+    """The model's name and configuration in one line."""
+    config, weight = model.classifier().config, next(model.parameters())
+    kind = "full fine-tuning"
+    if run["lora"]:
+        kind = f"LoRA r {run['arguments']['lora_r']} on {' '.join(run['arguments']['lora_targets'])}, merged"
+    return (
+        f"{type(model.classifier()).__name__} from {run['model']}: {sum(p.numel() for p in model.parameters()):,} "
+        f"parameters, {config.num_hidden_layers} layers, hidden size {config.hidden_size}; {kind}; "
+        f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
+    )
+
+
+def print_report(result):
+    """The figures of `metrics` as a terminal table."""
+    names = list(result["per_class"])
+    print(f"\n{'':12} {'precision':>9} {'recall':>9} {'F1':>9} {'texts':>7}   predicted {'  '.join(names)}")
+    for (name, row), counts in zip(result["per_class"].items(), result["confusion"], strict=True):
+        cells = "  ".join(f"{count:{len(other)}}" for count, other in zip(counts, names, strict=True))
+        print(f"{name:12} {row['precision']:9.4f} {row['recall']:9.4f} {row['f1']:9.4f} {row['n']:7}{'':13}{cells}")
+    low, high = result["accuracy_interval"]
+    print(f"accuracy {result['accuracy']:.4f}, 95 % interval {low:.4f} to {high:.4f}; loss {result['loss']:.4f}")
+    if "auroc" in result:
+        print(f"AUROC {result['auroc']:.4f}; human texts called chatgpt: {result['human_called_chatgpt']:.4f}")
+    if "threshold" in result:
+        print(
+            f"above {result['threshold']:.4f}, the threshold for 1 % of human validation texts: "
+            f"{result['human_above_threshold']:.4f} of human, {result['chatgpt_above_threshold']:.4f} of chatgpt texts"
+        )
+    before, after = result["calibration_error"], result["calibration_error_calibrated"]
+    print(f"calibration error {before:.4f}, {after:.4f} at temperature {result['temperature']:.2f}")
+    by_length = {f">= {row['tokens_from']}": row for row in result["by_length"]}
+    for what, rows in (("tokens", by_length), ("subset", result["by_subset"])):
+        if len(rows) > 1:
+            print(f"by {what}:", ", ".join(f"{key} {row['accuracy']:.3f} ({row['n']})" for key, row in rows.items()))
+    for error in result["confident_errors"][:3]:
+        start = error["text"][:50]
+        print(f"wrong at {error['probability']:.3f}: {error['label']} called {error['prediction']}: {start!r}")
+
+
+def plot_report(path, result, labels, logits):
+    """One picture: confusion, reliability, ROC (two classes) and accuracy by length. Needs matplotlib."""
+    from matplotlib.figure import Figure  # not pyplot: no global figure, no display, the notebook's backend stays
+
+    names, confusion = list(result["per_class"]), np.array(result["confusion"])
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    matrix, calibration, roc, by_length = figure.subplots(1, 4)
+    matrix.imshow(confusion, cmap="Blues")
+    for (i, j), count in np.ndenumerate(confusion):
+        matrix.text(j, i, count, ha="center", va="center", color="white" if count > confusion.max() / 2 else "black")
+    matrix.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names)
+    low, high = result["accuracy_interval"]
+    matrix.set(xlabel="predicted", ylabel="true", title=f"accuracy {result['accuracy']:.3f} [{low:.3f}, {high:.3f}]")
+    for name, temperature in (("raw", 1.0), ("calibrated", result["temperature"])):
+        texts, confidence, accuracy = reliability(labels, softmax(logits / temperature))
+        calibration.plot(confidence[texts > 0], accuracy[texts > 0], "o-", markersize=3, label=name)
+    calibration.plot([0, 1], [0, 1], color="grey", linestyle=":")
+    calibration.set(xlim=(1 / len(names), 1.01), xlabel="confidence", ylabel="accuracy", title="reliability")
+    calibration.legend()
+    if "auroc" in result:
+        order = np.argsort(logits[:, 0] - logits[:, 1])
+        found = [np.cumsum(labels[order] == k) / (labels == k).sum() for k in (0, 1)]
+        roc.plot([0, *found[0]], [0, *found[1]])
+        roc.set(xlabel=f"share of {names[0]} called {names[1]}", ylabel=f"share of {names[1]} found")
+        roc.set(title=f"AUROC {result['auroc']:.4f}")
+    else:
+        roc.set_axis_off()
+    rows = result["by_length"]
+    by_length.bar([f"{row['tokens_from']}+" for row in rows], [row["accuracy"] for row in rows])
+    by_length.set(ylim=(0, 1), xlabel="tokens", title="accuracy by length")
+    figure.savefig(path, dpi=110)
+
+
+def save_predictions(path, examples, labels, predictions, logits=None, temperature=1.0):
+    """One JSON line a text, in order: what --compare needs, and with `logits` (n, classes) the probabilities.
+
+    `labels`: the class names. `predictions`: a class name each, or None for a reply that names no class.
+    """
+    lines = []
+    for i, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
+        line = {
+            "text_sha256": hashlib.sha256(example["text"].encode()).hexdigest(),
+            "question": example["question"],
+            "subset": example["subset"],
+            "label": labels[example["label"]],
+            "prediction": prediction,
+        }
+        if logits is not None:
+            line["logits"] = logits[i].tolist()
+            line["probabilities"] = dict(zip(labels, softmax(logits[i : i + 1] / temperature)[0].tolist(), strict=True))
+        lines.append(json.dumps(line, ensure_ascii=False))
+    data.write_atomically(path, "\n".join(lines) + "\n")
+
+
+# ---- main -----------------------------------------------------------------------------------------
+
+
+def parts_to_score(run, sources=None, split=None):
+    """List of (name, examples): the run's own part, checked against the hash in run.json, or each of `sources`."""
+    protocol = run["split"]["protocol"]
+    if not sources:
+        examples, _ = data.make_examples(data.load_hc3(run["data"]), protocol)
+        parts = data.split_examples(examples, protocol)
+        wanted = parts if split == "all" else [split or "test"]
+        for part in wanted:
+            if data.hash_examples(parts[part]) != run["split"]["sha256"][part]:
+                raise InputError(f"{' '.join(run['data'])} is not the data of this run: its {part} part is another")
+        return [(split or "test", [example for part in wanted for example in parts[part]])]
+    named = {}
+    for source in sources:
+        examples, _ = data.make_examples(data.load_hc3([source]), protocol)
+        if split not in (None, "all"):
+            examples = data.split_examples(examples, protocol)[split]
+        if named.setdefault(Path(source).stem, examples) is not examples:
+            raise InputError(f"--data has two sources named {Path(source).stem}, as the results would be: rename one")
+    return list(named.items())
+
+
+def score(name, examples, model, tokenizer, run, max_length, output_dir):
+    """Predict, report and save one part."""
+    labels, temperature = run["labels"], run.get("temperature", 1.0)
+    token_ids = data.tokenize(tokenizer, [example["text"] for example in examples], max_length)
+    started = time.perf_counter()
+    logits = predict(model, token_ids, model.device, name)
+    seconds = time.perf_counter() - started
+    true, lengths = np.array([example["label"] for example in examples]), np.array([len(ids) for ids in token_ids])
+    questions, subsets = (np.array([example[field] for example in examples]) for field in ("question", "subset"))
+    result = metrics(true, logits, questions, subsets, lengths, labels, temperature, run.get("threshold"))
+    predictions = [labels[k] for k in logits.argmax(1)]
+    confidence = softmax(logits / temperature).max(1)
+    wrong = np.flatnonzero(logits.argmax(1) != true)
+    result["confident_errors"] = [
+        {
+            "label": labels[true[i]],
+            "prediction": predictions[i],
+            "probability": float(confidence[i]),
+            "text": examples[i]["text"],
+        }
+        for i in wrong[np.argsort(-confidence[wrong])][:10]
+    ]
+    speed = f"{seconds:.1f} s, {len(examples) / seconds:.0f} texts/s"
+    print(f"\n{name}: {len(examples)} texts, {lengths.sum()} tokens, {speed}")
+    print_report(result)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    save_predictions(output_dir / f"predictions-{name}.jsonl", examples, labels, predictions, logits, temperature)
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    data.write_atomically(output_dir / f"eval-{name}.json", text)
+    picture = ""
+    with contextlib.suppress(ImportError):  # matplotlib is optional
+        plot_report(output_dir / f"report-{name}.png", result, true, logits)
+        picture = f", report-{name}.png"
+    print(f"written to {output_dir}: eval-{name}.json, predictions-{name}.jsonl{picture}")
+
+
+def show_text(text, model, tokenizer, run, max_length):
+    """(index of the predicted class, its calibrated probability) of one text."""
+    logits = predict(model, data.tokenize(tokenizer, [text], max_length), model.device, "text")
+    probabilities = softmax(logits / run.get("temperature", 1.0))[0]
+    return int(probabilities.argmax()), float(probabilities.max())
+
+
+@data.one_line_errors
+def main(argv=None):
+    args = parse_args(argv)
+    if args.compare:
+        print_comparison(compare(args.compare))
+        return
+    run = read_run(args.ckpt)
+    strict = run["split"]["protocol"] == "strict"
+    parts = parts_to_score(run, args.data, args.split) if args.text is None else []
+    if args.text is not None:
+        text = data.valid_unicode(args.text)
+        text = data.normalise(text) if strict else text
+        if not text.strip():
+            raise InputError("--text is empty")
+    if args.example is not None and args.example >= len(parts[0][1]):
+        raise InputError(f"--example {args.example}: {parts[0][0]} has the examples 0 to {len(parts[0][1]) - 1}")
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
+    model, tokenizer, run = load_checkpoint(args.ckpt, dtype, PartialState().device, args.model, args.hub)
+    max_length = run["max_length"] if args.max_length is None else args.max_length
+    if args.text is not None:
+        predicted, probability = show_text(text, model, tokenizer, run, max_length)
+        print(f"{run['labels'][predicted]} {probability:.4f}")
+        return
+    if args.example is not None:
+        example = parts[0][1][args.example]
+        predicted, _ = show_text(example["text"], model, tokenizer, run, max_length)
+        verdict = "正确" if predicted == example["label"] else "错误"
+        label, predicted = run["labels"][example["label"]], run["labels"][predicted]
+        print(f"【预测{verdict}!】Label: {label}, Pred_Label: {predicted}\nText: {example['text']}")
+        return
+    print(describe(model, run))
+    output_dir = args.output_dir or Path(args.ckpt)
+    if not args.output_dir and not os.access(output_dir, os.W_OK):  # such as /kaggle/input
+        output_dir = Path(".")
+    for name, examples in parts:
+        score(name, examples, model, tokenizer, run, max_length, output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,621 @@
+"""Fine-tune Qwen1.5 as a text classifier, fully or with LoRA, in one explicit Accelerate loop.
+
+    accelerate launch train.py --lora                    # Qwen1.5-0.5B on HC3-Chinese baike, on one GPU
+    accelerate launch train.py --output_dir out/full     # the same, training every weight
+    accelerate launch train.py --lora --model tests/tiny-qwen --data tests/sample.jsonl --output_dir out/demo
+
+The first two download the model (1.2 GB) and the data once; the third is offline and takes seconds on two CPU cores.
+Each leaves a checkpoint that `python evaluate.py --ckpt <output_dir>` needs nothing else for.
+
+A step is a pure function of (seed, step): which texts it sees and its random numbers follow from these two alone. So a
+resumed run equals an uninterrupted one, accumulated micro-batches equal one large batch, two processes equal one.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
+from tqdm import tqdm
+
+import data
+import evaluate
+from data import InputError
+
+LOG_EVERY = 10  # steps between two lines of metrics.jsonl; reading the loss waits for the GPU
+
+
+def parse_args(argv=None):
+    parser = data.ArgumentParser(__doc__.splitlines()[0])
+    data.add_data_options(parser)
+    positive = data.number(int, 1)
+    add = parser.add_argument
+    add("--output_dir", default="out", help="folder of the checkpoint")
+    add("--lora", action="store_true", help="train a LoRA adapter instead of every weight")
+    add("--lora_r", type=positive, default=8, help="rank of the adapter")
+    add("--lora_alpha", type=positive, default=16, help="the adapter counts lora_alpha / lora_r times")
+    add("--lora_dropout", type=data.number(float, 0, 0.99), default=0.1, help="dropout in front of the adapter")
+    add("--lora_targets", nargs="+", default=["q_proj", "k_proj", "v_proj", "o_proj"], help="layers that get one")
+    add("--epochs", type=positive, default=2, help="passes over the training part")
+    add("--batch_size", type=positive, default=4, help="texts in a micro-batch, counted over all processes")
+    add("--gradient_accumulation_steps", type=positive, default=1, help="micro-batches in a step")
+    add("--auto_batch_size", action="store_true", help="when out of memory, halve the micro-batch and keep the step")
+    add("--learning_rate", type=data.number(float, 0, open_low=True), default=5e-5, help="peak; falls linearly to 0")
+    add("--warmup_ratio", type=data.number(float, 0, 1), default=0.0, help="share of the steps in which the rate rises")
+    add("--weight_decay", type=data.number(float, 0), default=0.0, help="AdamW's")
+    add(
+        "--max_grad_norm",
+        type=data.number(float, 0, open_low=True),
+        default=1.0,
+        help="gradients are clipped to this norm",
+    )
+    add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    add("--mixed_precision", choices=["auto", "no", "bf16", "fp16"], default="auto", help="compute dtype")
+    add(
+        "--seed",
+        type=data.number(int, 0, 2**31),
+        default=233,
+        help="of the head, the order and the dropout (not the split)",
+    )
+    add(
+        "--save_steps",
+        type=data.number(int, 0),
+        help="save state every so many steps, not just every epoch; 0: never at all",
+    )
+    add("--resume", action="store_true", help="go on with the unfinished run in output_dir")
+    add("--overwrite", action="store_true", help="discard an unfinished run in output_dir")
+    return parser.parse_args(argv)
+
+
+# ---- what a step is: pure functions of (seed, step) ----------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Which texts each step sees, and at what learning rate: `texts` texts in steps of `step_size`."""
+
+    texts: int
+    step_size: int
+    epochs: int
+    seed: int
+    learning_rate: float
+    warmup_ratio: float
+
+    @property
+    def steps_per_epoch(self):
+        return math.ceil(self.texts / self.step_size)
+
+    @property
+    def total_steps(self):
+        return self.epochs * self.steps_per_epoch
+
+    def texts_of(self, step):
+        """Indices of a step's texts over all processes (list of int); an epoch's last step takes what is left."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.texts)
+        return order[position * self.step_size : (position + 1) * self.step_size].tolist()
+
+    def rate_of(self, step):
+        """Linear from 0 to the peak while warming up, then to 0: transformers' get_linear_schedule_with_warmup."""
+        warmup = math.ceil(self.warmup_ratio * self.total_steps)
+        if step < warmup:
+            return self.learning_rate * step / warmup
+        return self.learning_rate * (self.total_steps - step) / max(1, self.total_steps - warmup)
+
+    def seed_of(self, step, process):
+        """Seed of a step's random numbers: dropout, which every process draws for texts of its own."""
+        return int(np.random.SeedSequence([self.seed, step, process]).generate_state(1)[0])
+
+
+class History:
+    """What happened in a run: `steps`, a [loss, gradient norm, skipped by the fp16 scaler] each; `epochs`, table rows.
+
+    Steps wait on the device in `pending` until `read` fetches them, so that a step need not wait for its result.
+    """
+
+    def __init__(self, schedule, steps=(), epochs=()):
+        self.schedule, self.steps, self.epochs, self.pending = schedule, list(steps), list(epochs), []
+
+    def read(self, accelerator, stop=False):
+        """Fetch the pending steps (waits for the device); whether any process was told to stop.
+
+        Raises InputError on a loss or a gradient that is not finite, naming the step and its texts.
+        """
+        if not self.pending:
+            return stop
+        table = torch.stack([*self.pending, torch.full_like(self.pending[0], float(stop))])
+        *rows, stops = accelerator.reduce(table, "sum").tolist()
+        self.pending.clear()
+        for loss, norm, skipped in rows:  # a process has its share of the loss, but the others are the same on each
+            norm, skipped = norm / accelerator.num_processes, skipped / accelerator.num_processes
+            if not math.isfinite(loss) or not (skipped or math.isfinite(norm)):
+                step = len(self.steps)
+                raise InputError(
+                    f"step {step + 1} gave loss {loss} and gradient norm {norm} on the training texts "
+                    f"{self.schedule.texts_of(step)}: lower --learning_rate, or use --mixed_precision no; state that "
+                    "was saved before is kept for --resume"
+                )
+            self.steps.append([loss, norm, skipped])
+        return stops[0] > 0
+
+    def log_lines(self, done):
+        """What metrics.jsonl gets after `done` steps: text of no, one or two lines."""
+        lines = []
+        if done % LOG_EVERY == 0:
+            recent = self.steps[done - LOG_EVERY : done]
+            lines.append(
+                {
+                    "step": done,
+                    "loss": sum(loss for loss, _, _ in recent) / LOG_EVERY,
+                    "grad_norm": recent[-1][1],
+                    "learning_rate": self.schedule.rate_of(done),
+                    "skipped_steps": int(sum(skipped for _, _, skipped in recent)),
+                }
+            )
+        if done % self.schedule.steps_per_epoch == 0:
+            lines.append({"step": done, **self.epochs[done // self.schedule.steps_per_epoch - 1]})
+        return "".join(f"{json.dumps(line)}\n" for line in lines)
+
+    def add_epoch(self, labels, logits):
+        """Add and return the row of the epoch that ends here: validation `labels` (n,) and `logits` (n, classes)."""
+        per_epoch = self.schedule.steps_per_epoch
+        losses = [loss for loss, _, _ in self.steps[-per_epoch:]]
+        sizes = [len(self.schedule.texts_of(step)) for step in range(per_epoch)]
+        row = {
+            "epoch": len(self.epochs) + 1,
+            "training_loss": float(np.average(losses, weights=sizes)),
+            "validation_loss": evaluate.negative_log_likelihood(labels, logits),
+            "accuracy": float((logits.argmax(1) == labels).mean()),
+        }
+        self.epochs.append(row)
+        return row
+
+
+# ---- precision and model -------------------------------------------------------------------------
+
+
+def choose_precision(asked):
+    """(mixed precision, why): the explicit choice, else the launcher's bf16 or fp16, else what the hardware is good at.
+
+    Raises InputError where two explicit choices differ, or where the hardware cannot do it.
+    """
+    launched = os.environ.get(
+        "ACCELERATE_MIXED_PRECISION", "no"
+    )  # a bare launch exports "no" too, so "no" says nothing
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    if launched not in ("no", "bf16", "fp16"):
+        raise InputError(f"accelerate launch asks for {launched} precision: use no, bf16 or fp16")
+    if launched != "no" and asked not in ("auto", launched):
+        raise InputError(f"--mixed_precision {asked}, but accelerate launch asks for {launched}: give one of the two")
+    if not cpu:
+        name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+        built_for = [int(re.sub(r"\D", "", arch)) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
+        if built_for and 10 * major + minor < min(built_for):  # such as a P100 (6.0) under a recent build
+            raise InputError(f"this PyTorch build has no kernels for {name}: choose another GPU, or an older torch")
+    if asked != "auto":
+        chosen, why = asked, "asked for"
+    elif launched != "no":
+        chosen, why = launched, "asked for by accelerate launch"
+    elif cpu:
+        chosen, why = "no", "no CUDA device"
+    else:  # by capability and not is_bf16_supported, which is true on a T4, where bf16 is emulated
+        chosen = "bf16" if major >= 8 else "fp16" if major >= 7 else "no"
+        why = f"{name}, compute capability {major}.{minor}"
+    if chosen == "fp16" and cpu:
+        raise InputError("fp16 needs a GPU (on a CPU it would silently be fp32): use --mixed_precision no or bf16")
+    return chosen, why
+
+
+def build_model(args, folder, tokenizer, precision):
+    """The classifier to train. LoRA holds its frozen base in the compute dtype; every trainable tensor is float32."""
+    dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    # Full fine-tuning keeps float32 weights: in bf16 most of its small updates would round away.
+    model = data.load_classifier(folder, tokenizer, dtypes[precision] if args.lora else torch.float32)
+    model.name_or_path = model.config.name_or_path = args.model  # not the hub's cache folder, which differs elsewhere
+    if args.gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # the reentrant kind needs an input that requires a gradient
+    if args.lora:
+        from peft import LoraConfig, get_peft_model
+
+        # PEFT skips a target that matches nothing, without a word, as long as another one matches.
+        layers = [name for name, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)]
+        missing = [t for t in args.lora_targets if not any(f".{name}".endswith(f".{t}") for name in layers)]
+        if missing:
+            has = " ".join(sorted({name.rpartition(".")[2] for name in layers}))
+            raise InputError(f"--lora_targets {' '.join(missing)}: no such layer; the model has {has}")
+        config = LoraConfig(
+            task_type="SEQ_CLS",  # this also trains and saves the classification head
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=args.lora_targets,
+        )
+        model = get_peft_model(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # PEFT leaves the head in the base's dtype
+    return data.PackedClassifier(model)
+
+
+# ---- one step ------------------------------------------------------------------------------------
+
+
+def forward_backward(accelerator, model, token_ids, labels, texts, micro_size):
+    """Add the gradient of the mean loss over `texts`, the step's texts over all processes, in micro-batches.
+
+    Returns this process's share of that mean, a 0-dim tensor on the device. Exact for any division of the work: each
+    loss is a sum x processes / texts in the step (DDP averages over processes); gradients are exchanged with the last
+    micro-batch alone; and every process runs as many micro-batches, if need be for an empty share.
+    """
+    total = torch.zeros((), device=accelerator.device)
+    micro_batches = [texts[i : i + micro_size] for i in range(0, len(texts), micro_size)]
+    for micro_batch in micro_batches:
+        mine = micro_batch[accelerator.process_index :: accelerator.num_processes]
+        rows = mine or micro_batch[:1]  # an empty share runs one text with weight 0
+        last = micro_batch is micro_batches[-1]
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            logits = model(**data.pack([token_ids[i] for i in rows], accelerator.device))  # (rows, classes)
+            targets = torch.tensor([labels[i] for i in rows], device=accelerator.device)
+            loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / len(texts) * bool(mine)
+            accelerator.backward(loss * accelerator.num_processes)
+        total += loss.detach()
+    return total
+
+
+# ---- the output folder ---------------------------------------------------------------------------
+# A run works in <output_dir>/unfinished and moves its files up when all of them are there, run.json last. So an earlier
+# finished run stays whole until then, and at any moment the folder holds one finished run or says that it holds none.
+
+
+def prepare_output(output_dir, args):
+    """Clear or refuse what is in the way in `output_dir`; returns its folder `unfinished`. Raises InputError."""
+    unfinished = output_dir / "unfinished"
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"--output_dir {output_dir} is a file: choose a folder")
+    if (unfinished / "complete").is_file():  # a run that was stopped while it moved its files up
+        move_up(unfinished)
+    if (output_dir / "config.json").exists() and not unfinished.exists() and not (output_dir / "run.json").exists():
+        raise InputError(f"--output_dir {output_dir} holds a model that is not of train.py: choose another folder")
+    if unfinished.exists() and not args.resume:
+        if not args.overwrite:
+            raise InputError(f"{unfinished} holds an unfinished run: --resume goes on with it, --overwrite discards it")
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True, exist_ok=True)
+    return unfinished
+
+
+def move_up(unfinished):
+    """Put the complete run in `unfinished` in place of the one in the folder above. Interrupted, it can be repeated."""
+    output_dir, run = unfinished.parent, unfinished / "run.json"
+    (unfinished / "complete").touch()
+    (unfinished / "state.pt").unlink(missing_ok=True)
+    if run.exists():
+        (output_dir / "run.json").unlink(missing_ok=True)  # from here on the folder holds no finished run ...
+        for files in (
+            "adapter_*",
+            "model*.safetensors*",
+            "config.json",
+            "eval-*",
+            "predictions-*",
+            "report-*",
+            "curves.png",
+        ):
+            for old in output_dir.glob(files):
+                old.unlink()
+        for new in unfinished.iterdir():
+            if new.name not in ("run.json", "complete"):
+                os.replace(new, output_dir / new.name)
+        os.replace(run, output_dir / "run.json")  # ... until here
+    shutil.rmtree(unfinished)
+
+
+def save_state(path, accelerator, model, optimizer, values):
+    """Save for --resume what (seed, step) does not give: trainable tensors, AdamW's moments, the scaler, `values`."""
+    if accelerator.is_main_process:
+        weights = {n: p.detach() for n, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
+        needed = 3 * sum(tensor.nbytes for tensor in weights.values())  # the weights and their two moments
+        if shutil.disk_usage(path.parent).free < needed:  # the state before stays until the new one is whole
+            raise InputError(f"no room for {needed / 2**30:.1f} GiB in {path.parent}: free some, or use --save_steps 0")
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
+        torch.save({"model": weights, "optimizer": optimizer.state_dict(), "scaler": scaler, **values}, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    accelerator.wait_for_everyone()
+
+
+def load_state(path, accelerator, model, optimizer, arguments):
+    """Load what `save_state` saved and return its `values`. Raises InputError if the run had other arguments."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes torch.load raise whatever its parts raise
+        raise InputError(f"{path} cannot be read ({type(error).__name__}): start again with --overwrite") from None
+    was = state["arguments"]
+    different = [name for name in arguments if was.get(name) != arguments[name]]
+    if different:
+        changes = ", ".join(f"{name} was {was.get(name)} and is {arguments[name]}" for name in different)
+        raise InputError(f"--resume goes on with the arguments of before, but {changes}")
+    accelerator.unwrap_model(model).load_state_dict(state.pop("model"), strict=False)  # it has the trainable ones alone
+    optimizer.load_state_dict(state.pop("optimizer"))
+    scaler = state.pop("scaler")
+    if accelerator.scaler:
+        accelerator.scaler.load_state_dict(scaler)
+    return state
+
+
+def save_checkpoint(folder, accelerator, model, tokenizer):
+    """Save the adapter or the full model, and the tokenizer, as plain PEFT and transformers files."""
+    weights = accelerator.get_state_dict(model)  # on every process: under FSDP this gathers the shards
+    if accelerator.is_main_process:
+        inner = accelerator.unwrap_model(model).model
+        weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+        options = {"save_embedding_layers": False} if hasattr(inner, "peft_config") else {}  # else PEFT may ask the hub
+        inner.save_pretrained(folder, state_dict=weights, **options)
+        tokenizer.save_pretrained(folder)
+
+
+def plot_curves(folder):
+    """curves.png of metrics.jsonl: training loss by step, validation loss and accuracy by epoch. Needs matplotlib."""
+    from matplotlib.figure import Figure  # not pyplot: no global figure, no display, the notebook's backend stays
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    for field, style in (("loss", "-"), ("validation_loss", "o-"), ("accuracy", "s--")):
+        points = [(line["step"], line[field]) for line in lines if field in line]
+        axes.plot(*zip(*points, strict=True) if points else ([], []), style, label=field.replace("_", " "))
+    axes.set(xlabel="step", ylim=(0, None))
+    axes.legend()
+    figure.savefig(folder / "curves.png", dpi=110)
+
+
+# ---- main ----------------------------------------------------------------------------------------
+
+
+def peak_memory_gib(device):
+    """The most memory held so far: what torch allocated on a GPU, else the process's resident memory; None: unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+@contextlib.contextmanager
+def deferred_signals():
+    """Collect SIGINT and SIGTERM in the list that it yields, so that a step can be finished before the end."""
+    received, before = [], {}
+    if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        for which in (signal.SIGINT, signal.SIGTERM):
+            before[which] = signal.signal(which, lambda which, frame: received.append(which))
+    try:
+        yield received
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+
+
+def check_processes(accelerator, args):
+    """Tell a launch that lost its processes (accelerate on CPUs does so silently). Raises InputError."""
+    processes = accelerator.num_processes
+    if int(os.environ.get("WORLD_SIZE", 1)) != processes:
+        raise InputError(
+            "several processes were launched, but they do not see each other: see 'Two processes' in README"
+        )
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        print(
+            "warning: this is one process alone. If more were launched, see 'Two processes' in README", file=sys.stderr
+        )
+    if args.batch_size < processes:
+        raise InputError(f"--batch_size {args.batch_size} is counted over all {processes} processes: it must be higher")
+
+
+@data.one_line_errors
+def main(argv=None):
+    args = parse_args(argv)
+
+    # ---- precision, processes, output folder, downloads
+    precision, why = choose_precision(args.mixed_precision)
+    AcceleratorState._reset_state()  # a second main() in one notebook kernel may want another precision
+    accelerator = Accelerator(mixed_precision=precision)
+    device, is_main = accelerator.device, accelerator.is_main_process
+    shared = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+    check_processes(accelerator, args)
+    with accelerator.main_process_first():
+        folder, records = data.fetch_model(args.model, args.hub), data.load_hc3(args.data)
+        output_dir = Path(args.output_dir)
+        if output_dir.resolve() == Path(folder).resolve():
+            raise InputError(f"--output_dir {output_dir} is the base model's folder: choose another")
+        unfinished = prepare_output(output_dir, args) if is_main else output_dir / "unfinished"
+
+    # ---- data
+    examples, missing = data.make_examples(records, args.protocol)
+    parts = data.split_examples(examples, args.protocol)
+    tokenizer = data.load_tokenizer(folder)
+    token_ids = {
+        part: data.tokenize(tokenizer, [x["text"] for x in parts[part]], args.max_length) for part in data.PARTS[:2]
+    }
+    labels = {part: np.array([x["label"] for x in parts[part]]) for part in data.PARTS[:2]}
+    step_size = args.batch_size * args.gradient_accumulation_steps
+    schedule = Schedule(len(parts["train"]), step_size, args.epochs, args.seed, args.learning_rate, args.warmup_ratio)
+
+    # ---- model, optimizer
+    torch.manual_seed(args.seed)  # of the new head and the adapter
+    model = build_model(args, folder, tokenizer, precision)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    counts = {"trainable": sum(p.numel() for p in trainable), "all": sum(p.numel() for p in model.parameters())}
+    if is_main:
+        print("【model】\n", model.model, "\n【model.config】\n", model.classifier().config, sep="")
+        trained = f"trainable%: {100 * counts['trainable'] / counts['all']:.4f}"  # PEFT's own line, for full too
+        print(f"trainable params: {counts['trainable']:,} || all params: {counts['all']:,} || {trained}")
+        print(
+            f"{', '.join(f'{len(parts[part])} {part}' for part in data.PARTS)} texts, {args.protocol} protocol;",
+            end=" ",
+        )
+        print(f"{missing} answers missing; {schedule.total_steps} steps of {step_size} texts")
+        print(f"{accelerator.num_processes} process(es) on {device.type}, mixed precision {precision}: {why}")
+    optimizer = torch.optim.AdamW(trainable, args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    # ---- resume
+    history, micro_size, state_path = History(schedule), args.batch_size, unfinished / "state.pt"
+    arguments = {k: v for k, v in vars(args).items() if k not in ("output_dir", "save_steps", "resume", "overwrite")}
+    arguments["data_sha256"] = data.hash_examples(parts["train"])
+    if args.resume and state_path.is_file():
+        state = load_state(state_path, accelerator, model, optimizer, arguments)
+        history, micro_size = History(schedule, state["steps"], state["epochs"]), state["micro_size"]
+    first_step = len(history.steps)
+    if is_main:
+        if args.resume:
+            print(f"going on after step {first_step}" if first_step else "nothing saved yet: starting at the beginning")
+        data.write_atomically(unfinished / "metrics.jsonl", "".join(map(history.log_lines, range(1, first_step + 1))))
+
+    # ---- train
+    model.train()
+    started = time.perf_counter()
+    bar = tqdm(
+        range(first_step, schedule.total_steps), "train", schedule.total_steps, initial=first_step, disable=not is_main
+    )
+    with deferred_signals() as signals:
+        for step in bar:
+            # ---- forward, backward
+            texts = schedule.texts_of(step)
+            while True:
+                torch.manual_seed(schedule.seed_of(step, accelerator.process_index))
+                try:
+                    loss = forward_backward(accelerator, model, token_ids["train"], labels["train"], texts, micro_size)
+                    break
+                except torch.OutOfMemoryError:
+                    if not args.auto_batch_size or micro_size == 1 or accelerator.num_processes > 1:
+                        raise InputError(
+                            f"out of memory with {micro_size} texts at once: lower --batch_size and raise "
+                            "--gradient_accumulation_steps, or try --auto_batch_size, --gradient_checkpointing, --lora"
+                        ) from None
+                optimizer.zero_grad()  # drop what the failed attempt had added
+                micro_size = math.ceil(micro_size / 2)
+                bar.write(f"out of memory: going on with micro-batches of {micro_size}, still {step_size} texts a step")
+
+            # ---- step
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate_of(step)
+            norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            skipped = loss.new_full((), float(accelerator.optimizer_step_was_skipped))
+            history.pending.append(torch.stack([loss, norm.to(loss), skipped]))
+
+            # ---- log
+            done = step + 1
+            at_epoch_end = done % schedule.steps_per_epoch == 0
+            stop = (
+                bool(signals) and accelerator.num_processes == 1
+            )  # several have to agree, which they do when they log
+            if done % LOG_EVERY == 0 or at_epoch_end:
+                stop = history.read(accelerator, bool(signals))
+                rate = (done - first_step) * step_size / (time.perf_counter() - started)
+                bar.set_postfix_str(
+                    f"loss {history.steps[-1][0]:.4f}, lr {schedule.rate_of(done):.2e}, {rate:.0f} texts/s"
+                )
+
+            # ---- evaluate
+            if at_epoch_end:
+                logits = evaluate.predict(model, token_ids["validation"], device, "validation", **shared)
+                row = history.add_epoch(labels["validation"], logits)
+                if is_main:
+                    if row["epoch"] == 1 or done == first_step + schedule.steps_per_epoch:
+                        bar.write("Epoch  Training Loss  Validation Loss  Accuracy")
+                    bar.write(
+                        "{epoch:5d}  {training_loss:13.4f}  {validation_loss:15.4f}  {accuracy:8.4f}".format(**row)
+                    )
+            if is_main and (lines := history.log_lines(done)):
+                with (unfinished / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(lines)
+
+            # ---- save, stop
+            saves = args.save_steps != 0
+            if saves and (stop or at_epoch_end or (args.save_steps and done % args.save_steps == 0)):
+                history.read(accelerator)
+                values = {
+                    "steps": history.steps,
+                    "epochs": history.epochs,
+                    "micro_size": micro_size,
+                    "arguments": arguments,
+                }
+                save_state(state_path, accelerator, model, optimizer, values)
+            if stop:
+                bar.close()
+                how = "the same command with --resume goes on" if saves else "nothing is saved with --save_steps 0"
+                print(f"stopped after step {done} of {schedule.total_steps}: {how}", file=sys.stderr)
+                sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
+    seconds, peak = time.perf_counter() - started, peak_memory_gib(device)
+
+    # ---- save the checkpoint, then load it as evaluate.py will and score it
+    save_checkpoint(unfinished, accelerator, model, tokenizer)
+    trained = evaluate.predict(model, token_ids["validation"], device, "validation", **shared)
+    del model, optimizer, trainable  # room for the copy that is loaded
+    accelerator.free_memory()
+    if is_main:
+        run = {
+            "model": args.model,
+            "hub": args.hub,
+            "data": args.data,
+            "labels": list(data.LABELS),
+            "max_length": args.max_length,
+            "lora": args.lora,
+            "split": {
+                "protocol": args.protocol,
+                "seed": data.SPLIT_SEED,
+                "sizes": {part: len(parts[part]) for part in data.PARTS},
+                "sha256": {part: data.hash_examples(parts[part]) for part in data.PARTS},
+            },
+            "arguments": vars(args),
+            "parameters": counts,
+            "epochs": history.epochs,
+            "mixed_precision": {"value": precision, "why": why},
+            "processes": accelerator.num_processes,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+            "seconds": seconds,
+            "peak_memory_gib": peak,
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "numpy")},
+        }
+        data.write_atomically(unfinished / "run.json", json.dumps(run, indent=1, ensure_ascii=False))
+        reloaded = evaluate.predict(
+            evaluate.load_checkpoint(unfinished, device=device)[0], token_ids["validation"], device, "reloaded"
+        )
+        tolerance = {"no": 1e-3, "bf16": 0.2, "fp16": 0.1}[precision] * np.abs(trained).mean()
+        if not np.abs(trained - reloaded).mean() <= tolerance:
+            raise InputError(
+                f"the checkpoint in {unfinished} does not give the trained model's logits when it is loaded"
+            )
+        run["validation"] = {
+            "accuracy": float((reloaded.argmax(1) == labels["validation"]).mean()),
+            "loss": evaluate.negative_log_likelihood(labels["validation"], reloaded),
+        }
+        run["temperature"], run["threshold"] = evaluate.fit_calibration(labels["validation"], reloaded)
+        data.write_atomically(unfinished / "run.json", json.dumps(run, indent=1, ensure_ascii=False))
+        with contextlib.suppress(ImportError):  # matplotlib is optional
+            plot_curves(unfinished)
+        move_up(unfinished)
+        memory = f"peak memory {peak:.2f} GiB, " if peak else ""
+        print(f"{seconds:.1f} s of training, {memory}validation accuracy {run['validation']['accuracy']:.4f}")
+        print(f"saved to {output_dir}; next: python evaluate.py --ckpt {output_dir}")
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main()
