@@ -426,7 +426,29 @@ def load_classifier(folder, tokenizer, dtype=torch.float32, labels=LABELS, new_h
     return model
 
 
-# ---- python data.py ------------------------------------------------------------------------------
+# ---- predictions, whoever makes them --------------------------------------------------------------
+
+
+def save_predictions(path, examples, labels, predictions, logits=None, probabilities=None):
+    """One JSON line a text, in order, which `evaluate.py --compare` reads.
+
+    `labels`: the class names. `predictions`: a class name each, or None where none was given. `logits` and
+    (calibrated) `probabilities`: arrays (n, classes).
+    """
+    lines = []
+    for i, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
+        line = {"text_sha256": hashlib.sha256(example["text"].encode()).hexdigest()}
+        line |= {"question": example["question"], "subset": example["subset"]}
+        line |= {"label": labels[example["label"]], "prediction": prediction}
+        if logits is not None:
+            line["logits"] = logits[i].tolist()
+        if probabilities is not None:
+            line["probabilities"] = dict(zip(labels, probabilities[i].tolist(), strict=True))
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_atomically(path, "".join(lines))
+
+
+# ---- python data.py -------------------------------------------------------------------------------
 
 
 def add_source_option(parser):
@@ -448,34 +470,105 @@ def add_data_options(parser):
     parser.add_argument("--max_length", type=number(int, 0), default=512, help="cut texts at so many tokens; 0: never")
 
 
+def leaks(parts):
+    """(test texts whose question is also in train, test texts that are exact copies of a training text)."""
+    questions, texts = ({example[field] for example in parts["train"]} for field in ("question", "text"))
+    seen = sum(example["question"] in questions for example in parts["test"])
+    return seen, sum(example["text"] in texts for example in parts["test"])
+
+
+def audit(records, output_dir):
+    """Print, for both protocols, what leaks and what shortcuts alone score on the test part. Needs scikit-learn."""
+    try:
+        from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler
+        from sklearn.tree import DecisionTreeClassifier
+    except ImportError:
+        raise InputError("--audit needs scikit-learn: pip install scikit-learn") from None
+
+    def lengths(texts):
+        return [[len(text)] for text in texts]
+
+    def marks(texts):
+        return [re.sub(r"[^\W_]", "", text) for text in texts]  # less all letters and digits
+
+    def ngrams(c):
+        vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 3), min_df=2, sublinear_tf=True)
+        return make_pipeline(vectorizer, LogisticRegression(C=c, max_iter=1000))
+
+    mark_counts = make_pipeline(
+        FunctionTransformer(marks), CountVectorizer(analyzer="char", ngram_range=(1, 2)), MaxAbsScaler()
+    )
+    shortcuts = {  # the settings of each; the best on the validation part is scored
+        "length": [make_pipeline(FunctionTransformer(lengths), DecisionTreeClassifier(max_leaf_nodes=8))],
+        "marks": [make_pipeline(mark_counts, LogisticRegression(max_iter=2000))],
+        "ngrams": [ngrams(c) for c in (1, 10, 100)],
+    }
+    columns = {}
+    for protocol in ("seed", "strict"):
+        parts = split_examples(make_examples(records, protocol)[0], protocol)
+        texts = {part: [example["text"] for example in parts[part]] for part in PARTS}
+        labels = {part: [example["label"] for example in parts[part]] for part in PARTS}
+        seen, copies = leaks(parts)
+        ones = sum(labels["test"]) / len(labels["test"])
+        column = [f"{len(texts['train'])} / {len(texts['test'])}", seen, copies, f"{max(ones, 1 - ones):.3f}"]
+        for name, candidates in shortcuts.items():
+            fitted = [candidate.fit(texts["train"], labels["train"]) for candidate in candidates]
+            model = max(fitted, key=lambda model: model.score(texts["validation"], labels["validation"]))
+            column.append(f"{model.score(texts['test'], labels['test']):.3f}")
+            predicted = [LABELS[k] for k in model.predict(texts["test"])]
+            path = output_dir / f"predictions-{protocol}-{name}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_predictions(
+                path, parts["test"], LABELS, predictions=predicted, probabilities=model.predict_proba(texts["test"])
+            )
+        columns[protocol] = column
+    rows = (
+        "texts in train / test",
+        "test texts whose question is in train",
+        "test texts that are copies of a training text",
+        "accuracy of the larger class",
+        "accuracy of length alone",
+        "accuracy of white space and punctuation alone",
+        "accuracy of character 1-3-grams",
+    )
+    print(f"\n{'':48}{'seed':>12}{'strict':>12}")
+    for row, seed, strict in zip(rows, columns["seed"], columns["strict"], strict=True):
+        print(f"{row:48}{seed:>12}{strict:>12}")
+    print("What these rules score takes no language model: a detector is worth what it scores above them, on strict.")
+    print(f"written to {output_dir}: predictions-<protocol>-<rule>.jsonl")
+
+
 @one_line_errors
 def main(argv=None):
     parser = ArgumentParser(__doc__.splitlines()[0])
     add_data_options(parser)
+    parser.add_argument("--audit", action="store_true", help="show what leaks and what shortcuts score (scikit-learn)")
+    parser.add_argument("--output_dir", type=Path, default=Path("out/audit"), help="folder for --audit's predictions")
     args = parser.parse_args(argv)
     import datasets
 
     records = load_hc3(args.data)
+    if args.audit:
+        audit(records, args.output_dir)
+        return
     examples, missing = make_examples(records, args.protocol)
     parts = split_examples(examples, args.protocol)
     print(datasets.Dataset.from_list(records))
     print(json.dumps(records[0], ensure_ascii=False, indent=1))
     print(f"\n{len(examples)} texts, {missing} answers missing; {args.protocol} protocol:")
     for part in PARTS:
-        labels = [example["label"] for example in parts[part]]
-        counts = ", ".join(f"{labels.count(i)} {name}" for i, name in enumerate(LABELS))
-        print(f"【data_{'val' if part == 'validation' else part}】 {len(labels)} rows ({counts})")
-    trained_on = {example["question"] for example in parts["train"]}
-    texts_trained_on = {example["text"] for example in parts["train"]}
-    seen = sum(example["question"] in trained_on for example in parts["test"])
-    copies = sum(example["text"] in texts_trained_on for example in parts["test"])
+        ones = sum(example["label"] for example in parts[part])
+        name = "val" if part == "validation" else part
+        print(f"【data_{name}】 num_rows: {len(parts[part])} ({len(parts[part]) - ones} human, {ones} chatgpt)")
+    seen, copies = leaks(parts)
     print(f"test texts whose question is also in train: {seen}; exact copies of a training text: {copies}")
 
     tokenizer = load_tokenizer(fetch_model(args.model, args.hub))
     lengths = sorted(len(ids) for ids in tokenize(tokenizer, [example["text"] for example in examples], 0))
-    quantiles = ", ".join(
-        f"{q} %: {lengths[min(len(lengths) * q // 100, len(lengths) - 1)]}" for q in (0, 25, 50, 75, 95, 100)
-    )
+    quantiles = ", ".join(f"{q} %: {lengths[(len(lengths) - 1) * q // 100]}" for q in (0, 25, 50, 75, 95, 100))
     print(f"\ntokens a text: {quantiles}; mean {sum(lengths) / len(lengths):.0f}")
     if args.max_length:
         kept = sum(min(length, args.max_length) for length in lengths)

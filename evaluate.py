@@ -12,7 +12,6 @@ model, the data, the split and its hash, max_length, temperature and threshold. 
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -407,27 +406,6 @@ def plot_report(path, result, labels, logits):
     figure.savefig(path, dpi=110)
 
 
-def save_predictions(path, examples, labels, predictions, logits=None, temperature=1.0):
-    """One JSON line a text, in order: what --compare needs, and with `logits` (n, classes) the probabilities.
-
-    `labels`: the class names. `predictions`: a class name each, or None for a reply that names no class.
-    """
-    lines = []
-    for i, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
-        line = {
-            "text_sha256": hashlib.sha256(example["text"].encode()).hexdigest(),
-            "question": example["question"],
-            "subset": example["subset"],
-            "label": labels[example["label"]],
-            "prediction": prediction,
-        }
-        if logits is not None:
-            line["logits"] = logits[i].tolist()
-            line["probabilities"] = dict(zip(labels, softmax(logits[i : i + 1] / temperature)[0].tolist(), strict=True))
-        lines.append(json.dumps(line, ensure_ascii=False))
-    data.write_atomically(path, "\n".join(lines) + "\n")
-
-
 # ---- main -----------------------------------------------------------------------------------------
 
 
@@ -463,7 +441,8 @@ def score(name, examples, model, tokenizer, run, max_length, output_dir):
     questions, subsets = (np.array([example[field] for example in examples]) for field in ("question", "subset"))
     result = metrics(true, logits, questions, subsets, lengths, labels, temperature, run.get("threshold"))
     predictions = [labels[k] for k in logits.argmax(1)]
-    confidence = softmax(logits / temperature).max(1)
+    probabilities = softmax(logits / temperature)
+    confidence = probabilities.max(1)
     wrong = np.flatnonzero(logits.argmax(1) != true)
     result["confident_errors"] = [
         {
@@ -478,7 +457,8 @@ def score(name, examples, model, tokenizer, run, max_length, output_dir):
     print(f"\n{name}: {len(examples)} texts, {lengths.sum()} tokens, {speed}")
     print_report(result)
     output_dir.mkdir(parents=True, exist_ok=True)
-    save_predictions(output_dir / f"predictions-{name}.jsonl", examples, labels, predictions, logits, temperature)
+    path = output_dir / f"predictions-{name}.jsonl"
+    data.save_predictions(path, examples, labels, predictions, logits, probabilities)
     text = json.dumps(result, indent=1, ensure_ascii=False)
     data.write_atomically(output_dir / f"eval-{name}.json", text)
     picture = ""

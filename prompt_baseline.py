@@ -232,7 +232,7 @@ def main(argv=None):
     text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
     data.write_atomically(args.output_dir / "replies.jsonl", text)
     named = [parse_reply(reply) for reply in replies]
-    evaluate.save_predictions(args.output_dir / "predictions-prompt.jsonl", examples, data.LABELS, named, log_p)
+    data.save_predictions(args.output_dir / "predictions-prompt.jsonl", examples, data.LABELS, named, log_p)
     report(examples, replies)
     print(f"written to {args.output_dir}: replies.jsonl, predictions-prompt.jsonl")
 

@@ -255,26 +255,40 @@ def build_model(args, folder, tokenizer, precision):
 # ---- one step ------------------------------------------------------------------------------------
 
 
-def forward_backward(accelerator, model, token_ids, labels, texts, micro_size):
+def forward_backward(accelerator, model, token_ids, labels, texts, seed, micro_size, may_halve):
     """Add the gradient of the mean loss over `texts`, the step's texts over all processes, in micro-batches.
 
-    Returns this process's share of that mean, a 0-dim tensor on the device. Exact for any division of the work: each
-    loss is a sum x processes / texts in the step (DDP averages over processes); gradients are exchanged with the last
-    micro-batch alone; and every process runs as many micro-batches, if need be for an empty share.
+    Returns this process's share of that mean, a 0-dim tensor on the device, and the micro-batch size, halved as often
+    as memory ran out if it `may_halve`. Exact for any division of the work: each loss is a sum x processes / texts in the
+    step (DDP averages over processes); gradients are exchanged with the last micro-batch alone; and every process runs
+    as many micro-batches, if need be for an empty share.
     """
+    torch.manual_seed(seed)
     total = torch.zeros((), device=accelerator.device)
     micro_batches = [texts[i : i + micro_size] for i in range(0, len(texts), micro_size)]
-    for micro_batch in micro_batches:
-        mine = micro_batch[accelerator.process_index :: accelerator.num_processes]
-        rows = mine or micro_batch[:1]  # an empty share runs one text with weight 0
-        last = micro_batch is micro_batches[-1]
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            logits = model(**data.pack([token_ids[i] for i in rows], accelerator.device))  # (rows, classes)
-            targets = torch.tensor([labels[i] for i in rows], device=accelerator.device)
-            loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum") / len(texts) * bool(mine)
-            accelerator.backward(loss * accelerator.num_processes)
-        total += loss.detach()
-    return total
+    try:
+        for micro_batch in micro_batches:
+            mine = micro_batch[accelerator.process_index :: accelerator.num_processes]
+            rows = mine or micro_batch[:1]  # an empty share runs one text with weight 0
+            last = micro_batch is micro_batches[-1]
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                logits = model(**data.pack([token_ids[i] for i in rows], accelerator.device))  # (rows, classes)
+                targets = torch.tensor([labels[i] for i in rows], device=accelerator.device)
+                losses = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+                loss = losses / len(texts) * bool(mine)
+                accelerator.backward(loss * accelerator.num_processes)
+            total += loss.detach()
+        return total, micro_size
+    except torch.OutOfMemoryError:
+        if not may_halve or micro_size == 1:
+            raise InputError(
+                f"out of memory with {micro_size} texts at once: lower --batch_size and raise "
+                "--gradient_accumulation_steps, or try --auto_batch_size, --gradient_checkpointing or --lora"
+            ) from None
+    model.zero_grad()  # drop what the failed attempt had added; out here, where its tensors are free
+    micro_size = math.ceil(micro_size / 2)
+    tqdm.write(f"out of memory: going on with micro-batches of {micro_size}, still {len(texts)} texts a step")
+    return forward_backward(accelerator, model, token_ids, labels, texts, seed, micro_size, may_halve)
 
 
 # ---- the output folder ---------------------------------------------------------------------------
@@ -367,6 +381,23 @@ def save_checkpoint(folder, accelerator, model, tokenizer):
         tokenizer.save_pretrained(folder)
 
 
+def finish(folder, run, precision, trained, token_ids, labels, device):
+    """Write run.json, load the checkpoint as evaluate.py will, score it, and complete run.json.
+
+    `trained`: the validation logits (n, classes) of the model in training. Raises InputError if the loaded model's
+    differ by more than the rounding of the precision explains.
+    """
+    data.write_atomically(folder / "run.json", json.dumps(run, indent=1, ensure_ascii=False))
+    loaded = evaluate.predict(evaluate.load_checkpoint(folder, device=device)[0], token_ids, device, "check")
+    tolerance = {"no": 1e-3, "bf16": 0.2, "fp16": 0.1}[precision] * np.abs(trained).mean()
+    if not np.abs(trained - loaded).mean() <= tolerance:
+        raise InputError(f"the checkpoint in {folder} does not give the trained model's logits when it is loaded")
+    accuracy, loss = float((loaded.argmax(1) == labels).mean()), evaluate.negative_log_likelihood(labels, loaded)
+    temperature, threshold = evaluate.fit_calibration(labels, loaded)
+    run |= {"validation": {"accuracy": accuracy, "loss": loss}, "temperature": temperature, "threshold": threshold}
+    data.write_atomically(folder / "run.json", json.dumps(run, indent=1, ensure_ascii=False))
+
+
 def plot_curves(folder):
     """curves.png of metrics.jsonl: training loss by step, validation loss and accuracy by epoch. Needs matplotlib."""
     from matplotlib.figure import Figure  # not pyplot: no global figure, no display, the notebook's backend stays
@@ -414,13 +445,9 @@ def check_processes(accelerator, args):
     """Tell a launch that lost its processes (accelerate on CPUs does so silently). Raises InputError."""
     processes = accelerator.num_processes
     if int(os.environ.get("WORLD_SIZE", 1)) != processes:
-        raise InputError(
-            "several processes were launched, but they do not see each other: see 'Two processes' in README"
-        )
+        raise InputError("the launched processes do not see each other: README says under 'Two processes' how to")
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        print(
-            "warning: this is one process alone. If more were launched, see 'Two processes' in README", file=sys.stderr
-        )
+        print("warning: one process alone; if more were launched, see 'Two processes' in README", file=sys.stderr)
     if args.batch_size < processes:
         raise InputError(f"--batch_size {args.batch_size} is counted over all {processes} processes: it must be higher")
 
@@ -447,10 +474,9 @@ def main(argv=None):
     examples, missing = data.make_examples(records, args.protocol)
     parts = data.split_examples(examples, args.protocol)
     tokenizer = data.load_tokenizer(folder)
-    token_ids = {
-        part: data.tokenize(tokenizer, [x["text"] for x in parts[part]], args.max_length) for part in data.PARTS[:2]
-    }
-    labels = {part: np.array([x["label"] for x in parts[part]]) for part in data.PARTS[:2]}
+    texts = {part: [example["text"] for example in parts[part]] for part in data.PARTS[:2]}
+    token_ids = {part: data.tokenize(tokenizer, texts[part], args.max_length) for part in texts}
+    labels = {part: np.array([example["label"] for example in parts[part]]) for part in texts}
     step_size = args.batch_size * args.gradient_accumulation_steps
     schedule = Schedule(len(parts["train"]), step_size, args.epochs, args.seed, args.learning_rate, args.warmup_ratio)
 
@@ -460,15 +486,22 @@ def main(argv=None):
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     counts = {"trainable": sum(p.numel() for p in trainable), "all": sum(p.numel() for p in model.parameters())}
     if is_main:
+        share, sizes = counts["trainable"] / counts["all"], [f"{len(parts[part])} {part}" for part in data.PARTS]
+        seen, copies = data.leaks(parts)
         print("【model】\n", model.model, "\n【model.config】\n", model.classifier().config, sep="")
-        trained = f"trainable%: {100 * counts['trainable'] / counts['all']:.4f}"  # PEFT's own line, for full too
-        print(f"trainable params: {counts['trainable']:,} || all params: {counts['all']:,} || {trained}")
         print(
-            f"{', '.join(f'{len(parts[part])} {part}' for part in data.PARTS)} texts, {args.protocol} protocol;",
-            end=" ",
+            "trainable params: {trainable:,} || all params: {all:,} ||".format(**counts),
+            f"trainable%: {share:.4%}"[:-1],
         )
-        print(f"{missing} answers missing; {schedule.total_steps} steps of {step_size} texts")
-        print(f"{accelerator.num_processes} process(es) on {device.type}, mixed precision {precision}: {why}")
+        print(f"{', '.join(sizes)} texts by the {args.protocol} protocol; {missing} answers were missing")
+        print(
+            f"of the test texts, {seen} answer a question that is also in train, {copies} are copies of a training text"
+        )
+        print(
+            f"{schedule.total_steps} steps of {step_size} texts on {accelerator.num_processes} x {device.type}",
+            end=", ",
+        )
+        print(f"mixed precision {precision} ({why})")
     optimizer = torch.optim.AdamW(trainable, args.learning_rate, weight_decay=args.weight_decay, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
 
@@ -486,29 +519,17 @@ def main(argv=None):
         data.write_atomically(unfinished / "metrics.jsonl", "".join(map(history.log_lines, range(1, first_step + 1))))
 
     # ---- train
+    may_halve = args.auto_batch_size and accelerator.num_processes == 1
     model.train()
     started = time.perf_counter()
-    bar = tqdm(
-        range(first_step, schedule.total_steps), "train", schedule.total_steps, initial=first_step, disable=not is_main
-    )
+    steps = range(first_step, schedule.total_steps)
+    bar = tqdm(steps, "train", schedule.total_steps, initial=first_step, disable=not is_main)
     with deferred_signals() as signals:
         for step in bar:
             # ---- forward, backward
-            texts = schedule.texts_of(step)
-            while True:
-                torch.manual_seed(schedule.seed_of(step, accelerator.process_index))
-                try:
-                    loss = forward_backward(accelerator, model, token_ids["train"], labels["train"], texts, micro_size)
-                    break
-                except torch.OutOfMemoryError:
-                    if not args.auto_batch_size or micro_size == 1 or accelerator.num_processes > 1:
-                        raise InputError(
-                            f"out of memory with {micro_size} texts at once: lower --batch_size and raise "
-                            "--gradient_accumulation_steps, or try --auto_batch_size, --gradient_checkpointing, --lora"
-                        ) from None
-                optimizer.zero_grad()  # drop what the failed attempt had added
-                micro_size = math.ceil(micro_size / 2)
-                bar.write(f"out of memory: going on with micro-batches of {micro_size}, still {step_size} texts a step")
+            seed = schedule.seed_of(step, accelerator.process_index)
+            batch = token_ids["train"], labels["train"], schedule.texts_of(step), seed
+            loss, micro_size = forward_backward(accelerator, model, *batch, micro_size, may_halve)
 
             # ---- step
             for group in optimizer.param_groups:
@@ -522,15 +543,12 @@ def main(argv=None):
             # ---- log
             done = step + 1
             at_epoch_end = done % schedule.steps_per_epoch == 0
-            stop = (
-                bool(signals) and accelerator.num_processes == 1
-            )  # several have to agree, which they do when they log
+            stop = bool(signals) and accelerator.num_processes == 1  # several agree when they log
             if done % LOG_EVERY == 0 or at_epoch_end:
                 stop = history.read(accelerator, bool(signals))
                 rate = (done - first_step) * step_size / (time.perf_counter() - started)
-                bar.set_postfix_str(
-                    f"loss {history.steps[-1][0]:.4f}, lr {schedule.rate_of(done):.2e}, {rate:.0f} texts/s"
-                )
+                loss, lr = history.steps[-1][0], schedule.rate_of(done)
+                bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {rate:.0f} texts/s")
 
             # ---- evaluate
             if at_epoch_end:
@@ -539,9 +557,8 @@ def main(argv=None):
                 if is_main:
                     if row["epoch"] == 1 or done == first_step + schedule.steps_per_epoch:
                         bar.write("Epoch  Training Loss  Validation Loss  Accuracy")
-                    bar.write(
-                        "{epoch:5d}  {training_loss:13.4f}  {validation_loss:15.4f}  {accuracy:8.4f}".format(**row)
-                    )
+                    columns = "{epoch:5d}  {training_loss:13.4f}  {validation_loss:15.4f}  {accuracy:8.4f}"
+                    bar.write(columns.format(**row))
             if is_main and (lines := history.log_lines(done)):
                 with (unfinished / "metrics.jsonl").open("a", encoding="utf-8") as file:
                     file.write(lines)
@@ -550,13 +567,8 @@ def main(argv=None):
             saves = args.save_steps != 0
             if saves and (stop or at_epoch_end or (args.save_steps and done % args.save_steps == 0)):
                 history.read(accelerator)
-                values = {
-                    "steps": history.steps,
-                    "epochs": history.epochs,
-                    "micro_size": micro_size,
-                    "arguments": arguments,
-                }
-                save_state(state_path, accelerator, model, optimizer, values)
+                values = {"steps": history.steps, "epochs": history.epochs, "micro_size": micro_size}
+                save_state(state_path, accelerator, model, optimizer, values | {"arguments": arguments})
             if stop:
                 bar.close()
                 how = "the same command with --resume goes on" if saves else "nothing is saved with --save_steps 0"
@@ -564,7 +576,7 @@ def main(argv=None):
                 sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
     seconds, peak = time.perf_counter() - started, peak_memory_gib(device)
 
-    # ---- save the checkpoint, then load it as evaluate.py will and score it
+    # ---- save the checkpoint
     save_checkpoint(unfinished, accelerator, model, tokenizer)
     trained = evaluate.predict(model, token_ids["validation"], device, "validation", **shared)
     del model, optimizer, trainable  # room for the copy that is loaded
@@ -593,21 +605,7 @@ def main(argv=None):
             "peak_memory_gib": peak,
             "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "numpy")},
         }
-        data.write_atomically(unfinished / "run.json", json.dumps(run, indent=1, ensure_ascii=False))
-        reloaded = evaluate.predict(
-            evaluate.load_checkpoint(unfinished, device=device)[0], token_ids["validation"], device, "reloaded"
-        )
-        tolerance = {"no": 1e-3, "bf16": 0.2, "fp16": 0.1}[precision] * np.abs(trained).mean()
-        if not np.abs(trained - reloaded).mean() <= tolerance:
-            raise InputError(
-                f"the checkpoint in {unfinished} does not give the trained model's logits when it is loaded"
-            )
-        run["validation"] = {
-            "accuracy": float((reloaded.argmax(1) == labels["validation"]).mean()),
-            "loss": evaluate.negative_log_likelihood(labels["validation"], reloaded),
-        }
-        run["temperature"], run["threshold"] = evaluate.fit_calibration(labels["validation"], reloaded)
-        data.write_atomically(unfinished / "run.json", json.dumps(run, indent=1, ensure_ascii=False))
+        finish(unfinished, run, precision, trained, token_ids["validation"], labels["validation"], device)
         with contextlib.suppress(ImportError):  # matplotlib is optional
             plot_curves(unfinished)
         move_up(unfinished)

@@ -1,0 +1,568 @@
+"""A table of what users get wrong, each row with the line that it must give.
+
+Bad input ends as one line on stderr that says what is wrong, exit code 2, no traceback, and nothing written or changed.
+A row is (what is wrong, files to lay out, command, words that the line must hold). Commands run in an empty folder that
+holds good.jsonl (20 questions) and copies of those of the folders below that the row names; train.py, data.py and
+prompt_baseline.py get the tiny base and good.jsonl where the row gives no --model or --data. The lines as printed are
+collected while the tests run: `-s` shows them, and pytest's temporary folder keeps them in bad_inputs.md.
+"""
+
+import io
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import SAMPLE, TINY, run_script
+from safetensors.torch import load, save
+
+import data
+import evaluate
+import prompt_baseline
+import train
+
+MAINS = {"data.py": data, "train.py": train, "evaluate.py": evaluate, "prompt_baseline.py": prompt_baseline}
+RECORDS = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()[:20]]
+
+
+# ---- file contents --------------------------------------------------------------------------------
+
+
+def jsonl(rows):
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
+
+
+GOOD = jsonl(RECORDS)
+TORN = GOOD[: GOOD.rindex("answers")]
+
+
+def first(**fields):
+    """good.jsonl with the first record changed."""
+    return jsonl([RECORDS[0] | fields, *RECORDS[1:]])
+
+
+def edited(*removed, **fields):
+    """A change of a JSON file: fields replaced, fields removed."""
+    return lambda old: json.dumps({k: v for k, v in (json.loads(old) | fields).items() if k not in removed})
+
+
+def half(old):
+    return old[: len(old) // 2]
+
+
+def without_tensor(pattern):
+    """A change of a safetensors file: the tensors whose names match are gone."""
+    return lambda old: save({k: v for k, v in load(old).items() if not re.search(pattern, k)})
+
+
+def state(**content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def prediction(text="a", label="human"):
+    return {"text_sha256": text, "question": "q", "subset": "s", "label": label, "prediction": "human"}
+
+
+OTHER_ARGUMENTS = vars(train.parse_args(["--model", str(TINY), "--data", "good.jsonl", "--lora_r", "16"]))
+# A full checkpoint's run.json, as far as evaluate.py relies on it.
+FULL_RUN = {"model": "tiny", "hub": "huggingface", "data": ["good.jsonl"], "labels": ["human", "chatgpt"],
+            "max_length": 64, "lora": False, "split": {"protocol": "seed", "sha256": {}}}  # fmt: skip
+
+# ---- data files -----------------------------------------------------------------------------------
+
+# (what is wrong, the file, words)
+BAD_DATA = [
+    ("empty file", "", ["bad.jsonl", "empty", "question, human_answers, chatgpt_answers"]),
+    ("blank lines only", "\n \n\t\n", ["bad.jsonl", "empty"]),
+    ("GBK", SAMPLE.read_text(encoding="utf-8").encode("gbk", "replace"), ["bad.jsonl", "UTF-8"]),
+    ("UTF-16", GOOD.encode("utf-16"), ["bad.jsonl", "UTF-8"]),
+    ("one JSON array on a line", json.dumps(RECORDS), ["line 1", "list", "question, human_answers, chatgpt_answers"]),
+    ("one JSON array over many lines", json.dumps(RECORDS, indent=1), ["line 1", "not JSON", "one object a line"]),
+    ("a broken second line", GOOD.replace("\n", "\nnot json\n", 1), ["line 2 is not JSON (Expecting value)"]),
+    ("a torn last line", TORN, ["line 20 is not JSON (Unterminated string starting at)"]),
+    ("nested too deep", "[" * 100_000, ["line 1", "not JSON"]),
+    ("a number a line", "1\n2\n", ["line 1", "int", "question, human_answers, chatgpt_answers"]),
+    ("NaN a line", "NaN\n", ["line 1", "float", "question, human_answers, chatgpt_answers"]),
+    (
+        "other field names",
+        jsonl([{"text": "a", "label": 0}]),
+        ["line 1", "'text', 'label'", "question, human_answers, chatgpt_answers"],
+    ),
+    ("no fields", "{}\n", ["line 1", "none", "question, human_answers, chatgpt_answers"]),
+    ("answers that are a string", first(human_answers="text"), ["line 1", "human_answers", "list of strings"]),
+    ("answers that are numbers", first(chatgpt_answers=[1, 2]), ["line 1", "chatgpt_answers", "list of strings"]),
+    ("answers in nested lists", first(chatgpt_answers=[["a"]]), ["line 1", "chatgpt_answers", "list of strings"]),
+    ("answers that are an object", first(human_answers={"a": 1}), ["line 1", "human_answers", "list of strings"]),
+    ("NaN among the answers", first(human_answers=[float("nan")]), ["line 1", "human_answers", "list of strings"]),
+    ("a question that is a number", first(question=5), ["line 1", "question", "string"]),
+    ("a question that is null", first(question=None), ["line 1", "question", "string"]),
+    ("one class only", jsonl(r | {"chatgpt_answers": []} for r in RECORDS), ["one class", "human and chatgpt"]),
+    ("fewer texts than a split needs", jsonl(RECORDS[:4]), ["8 texts", "10 are needed"]),
+    ("no answers at all", jsonl(r | {"human_answers": None, "chatgpt_answers": [""]} for r in RECORDS), ["0 texts"]),
+    ("white space only", jsonl(r | {"human_answers": [" \n"], "chatgpt_answers": ["\u3000"]} for r in RECORDS),
+     ["0 texts"]),
+]  # fmt: skip
+
+ROWS = [(what, {"bad.jsonl": content}, "train.py --data bad.jsonl", words) for what, content, words in BAD_DATA]
+ROWS += [
+    ("no such file", {}, "train.py --data gone.jsonl", ["gone.jsonl", "subsets are baike"]),
+    ("no such subset", {}, "train.py --data biake", ["'biake'", "subsets are baike"]),
+    ("a folder as data", {"dir/": ""}, "train.py --data dir", ["dir is a folder", ".jsonl"]),
+    ("an empty name", {}, "train.py --data ''", ["''"]),
+    ("the second file is missing", {}, "train.py --data good.jsonl gone.jsonl", ["gone.jsonl"]),
+    ("questions too few for whole ones", {"bad.jsonl": jsonl(RECORDS[:2])},
+     "train.py --data bad.jsonl --protocol strict", ["part", "is empty", "more questions"]),
+    ("other field names", {"bad.jsonl": '{"text": 1}'}, "data.py --data bad.jsonl", ["line 1", "'text'"]),
+    ("no such file", {}, "data.py --data gone.jsonl", ["gone.jsonl", "subsets are baike"]),
+    ("one class only", {"bad.jsonl": jsonl(r | {"human_answers": []} for r in RECORDS)}, "data.py --data bad.jsonl",
+     ["one class", "human and chatgpt"]),
+    ("no such file", {}, "evaluate.py --ckpt trained --data gone.jsonl", ["gone.jsonl", "subsets are baike"]),
+    ("a torn last line", {"bad.jsonl": TORN}, "evaluate.py --ckpt trained --data bad.jsonl", ["line 20"]),
+    ("no answers at all", {"bad.jsonl": first(human_answers=[], chatgpt_answers=[]).splitlines()[0]},
+     "evaluate.py --ckpt trained --data bad.jsonl", ["bad.jsonl", "no"]),
+    ("two files of one name", {"a/x.jsonl": GOOD, "b/x.jsonl": GOOD},
+     "evaluate.py --ckpt trained --data a/x.jsonl b/x.jsonl", ["two sources", "x", "rename"]),
+    ("one question for every part", {"bad.jsonl": jsonl(r | {"question": "q"} for r in RECORDS)},
+     "data.py --audit --data bad.jsonl",
+     ["part", "is empty", "more questions"]),
+    ("questions too few", {"bad.jsonl": jsonl(RECORDS[:3])}, "prompt_baseline.py --data bad.jsonl",
+     ["3 questions", "5 are needed"]),
+]  # fmt: skip
+
+# ---- arguments ------------------------------------------------------------------------------------
+
+FROM_ZERO, RATE = ["-1", "nan", "inf", "1.5"], ["-1", "0", "nan", "inf", "-inf"]
+COUNT = ["0", *FROM_ZERO]
+TRAIN_NUMBERS = {  # option: values that it refuses
+    "lora_r": COUNT,
+    "lora_alpha": COUNT,
+    "lora_dropout": ["-0.1", "1", "nan", "inf"],
+    "epochs": COUNT,
+    "batch_size": COUNT,
+    "gradient_accumulation_steps": COUNT,
+    "learning_rate": RATE,
+    "warmup_ratio": ["-0.1", "1.1", "nan", "inf"],
+    "weight_decay": ["-0.1", "nan", "inf"],
+    "max_grad_norm": RATE,
+    "max_length": [*FROM_ZERO, "9" * 30],
+    "save_steps": FROM_ZERO,
+    "seed": [*FROM_ZERO, "9" * 30],
+}
+NUMBERS = [("train.py", name, value) for name, values in TRAIN_NUMBERS.items() for value in values]
+NUMBERS += [("data.py", "max_length", value) for value in FROM_ZERO]
+NUMBERS += [("evaluate.py --ckpt trained", name, value) for name in ("max_length", "example") for value in FROM_ZERO]
+NUMBERS += [
+    ("prompt_baseline.py", name, value) for name in ("questions", "max_new_tokens", "batch_size") for value in COUNT
+]
+ROWS += [(f"{name} {value}", {}, f"{script} --{name}={value}", [f"--{name}", value]) for script, name, value in NUMBERS]
+ROWS += [
+    ("unknown option", {}, "train.py --learning_rates 1", ["--learning_rates", "--help"]),
+    ("unknown option", {}, "data.py --epochs 1", ["--epochs", "--help"]),
+    ("unknown option", {}, "evaluate.py --ckpt trained --batch 3", ["--batch", "--help"]),
+    ("unknown option", {}, "prompt_baseline.py --lora", ["--lora", "--help"]),
+    ("a line break in an argument", {}, "train.py 'a\nb'", ["a b", "--help"]),
+    ("not a number", {}, "train.py --epochs two", ["--epochs", "int", "'two'"]),
+    ("no value", {}, "train.py --lora_targets", ["--lora_targets", "expected"]),
+    ("not a choice", {}, "train.py --mixed_precision fp8", ["--mixed_precision", "fp8", "bf16"]),
+    ("not a choice", {}, "train.py --protocol random", ["--protocol", "random", "strict"]),
+    ("not a choice", {}, "evaluate.py --ckpt trained --split dev", ["--split", "dev", "validation"]),
+    ("nothing asked", {}, "evaluate.py", ["--ckpt", "--compare"]),
+    ("no such layer", {}, "train.py --lora --lora_targets q_proh", ["q_proh", "q_proj", "down_proj"]),
+    ("one of the layers is misspelt", {}, "train.py --lora --lora_targets q_proh k_proj v_proj o_proj",
+     ["q_proh", "q_proj"]),
+    ("no such layer, and a finished run is there", {}, "train.py --lora --lora_targets no --output_dir trained",
+     ["no such layer"]),
+    ("no such layer, and an unfinished run is there", {"held/unfinished/state.pt": "precious"},
+     "train.py --lora --lora_targets no --output_dir held --overwrite", ["no such layer"]),
+    ("fp16 on a CPU", {}, "ACCELERATE_USE_CPU=true train.py --mixed_precision fp16", ["fp16", "GPU", "bf16"]),
+    ("two precisions", {}, "ACCELERATE_MIXED_PRECISION=bf16 train.py --mixed_precision no",
+     ["--mixed_precision no", "bf16", "one of the two"]),
+    ("a precision that is none of ours", {}, "ACCELERATE_MIXED_PRECISION=fp8 train.py", ["fp8", "no, bf16 or fp16"]),
+    ("--prior_correction without logprob", {}, "prompt_baseline.py --prior_correction", ["--method logprob"]),
+]  # fmt: skip
+
+# ---- base models ----------------------------------------------------------------------------------
+
+BAD_MODELS = [  # (what is wrong, files, words)
+    ("no config.json", {"tiny/config.json": None}, ["tiny", "config.json"]),
+    ("config.json is broken JSON", {"tiny/config.json": "{"}, ["tiny", "config.json"]),
+    ("unknown model_type", {"tiny/config.json": edited(model_type="nosuch")}, ["tiny", "nosuch"]),
+    ("weights of other sizes", {"tiny/config.json": edited(hidden_size=64)}, ["tiny", "size"]),
+    ("no weights", {"tiny/model.safetensors": None}, ["tiny", "model.safetensors"]),
+    ("truncated weights", {"tiny/model.safetensors": half}, ["tiny", "Safetensor"]),
+    ("weights that are no safetensors", {"tiny/model.safetensors": "junk"}, ["tiny", "Safetensor"]),
+    ("pickled weights only", {"tiny/model.safetensors": None, "tiny/pytorch_model.bin": "x"}, ["tiny", "safetensors"]),
+    ("a layer's weights are missing", {"tiny/model.safetensors": without_tensor("layers.3.*q_proj")},
+     ["tiny", "layers.3", "incomplete"]),
+    ("no tokenizer", {"tiny/tokenizer.json": None, "tiny/tokenizer_config.json": None}, ["tiny", "tokenizer"]),
+    ("tokenizer.json is broken JSON", {"tiny/tokenizer.json": half}, ["tiny", "tokenizer"]),
+    ("tokenizer_config.json is broken JSON", {"tiny/tokenizer_config.json": "{"}, ["tiny", "tokenizer"]),
+    ("unknown tokenizer class",
+     {"tiny/tokenizer.json": None, "tiny/tokenizer_config.json": '{"tokenizer_class": "No"}'}, ["tiny", "tokenizer"]),
+]  # fmt: skip
+ROWS += [(what, files, "train.py --model tiny", words) for what, files, words in BAD_MODELS]
+ROWS += [(what, files, "prompt_baseline.py --model tiny", words) for what, files, words in BAD_MODELS]
+ROWS += [
+    ("no such folder, offline", {}, "train.py --model gone", ["no folder 'gone'", "--model", "--hub modelscope"]),
+    ("no such folder, offline", {}, "train.py --model ./gone/away", ["no folder './gone/away'", "--model"]),
+    ("no such folder, offline", {}, "data.py --model gone", ["no folder 'gone'", "--model"]),
+    ("no such folder, offline", {}, "prompt_baseline.py --model gone", ["no folder 'gone'", "--model"]),
+    ("a file as model", {}, "train.py --model good.jsonl", ["good.jsonl", "--model"]),
+    ("an empty name", {}, "train.py --model ''", ["no folder ''", "--model"]),
+    ("an empty folder", {"dir/": ""}, "train.py --model dir", ["dir"]),
+    ("an adapter as base", {}, "train.py --model trained", ["trained", "adapter"]),
+    ("an encoder", {}, "train.py --model encoder", ["Bert", "decoder"]),
+    ("a tokenizer of another model", {}, "train.py --model wordless", ["wordless"]),
+    ("no chat template", {"tiny/tokenizer_config.json": edited("chat_template"), "tiny/chat_template.jinja": None},
+     "prompt_baseline.py --model tiny", ["chat template", "--model"]),
+    ("a chat template without system role",
+     {"tiny/chat_template.jinja": "{{ raise_exception('System role not supported') }}"},
+     "prompt_baseline.py --model tiny", ["chat template", "System role not supported"]),
+    ("a chat template that is broken", {"tiny/chat_template.jinja": "{% for"}, "prompt_baseline.py --model tiny",
+     ["chat template"]),
+    ("a chat template without the message", {"tiny/chat_template.jinja": "hello"}, "prompt_baseline.py --model tiny",
+     ["chat template"]),
+]  # fmt: skip
+
+# ---- checkpoints ----------------------------------------------------------------------------------
+
+BAD_RUNS = [  # (what is wrong in run.json, its content or the change, words)
+    ("gone", None, ["no run.json"]),
+    ("broken JSON", "{", ["run.json", "damaged"]),
+    ("a list", "[]", ["run.json", "damaged"]),
+    ("not UTF-8", b"\xff\xfe", ["run.json", "damaged"]),
+    ("no model", edited("model"), ["run.json", "model"]),
+    ("model is a number", edited(model=3), ["run.json", "model"]),
+    ("lora is a string", edited(lora="yes"), ["run.json", "lora"]),
+    ("data is a string", edited(data="baike"), ["run.json", "data"]),
+    ("data holds numbers", edited(data=[1]), ["run.json", "data"]),
+    ("split is a string", edited(split="seed"), ["run.json", "split"]),
+    ("a split without hashes", edited(split={"protocol": "seed"}), ["run.json", "split"]),
+    ("a split with hashes of no part", edited(split={"protocol": "seed", "sha256": {}}), ["run.json", "split"]),
+    ("one label", edited(labels=["human"]), ["run.json", "labels"]),
+    ("labels are numbers", edited(labels=[0, 1]), ["run.json", "labels"]),
+    ("negative temperature", edited(temperature=-1.0), ["run.json", "temperature"]),
+    ("temperature 0", edited(temperature=0), ["run.json", "temperature"]),
+    ("temperature NaN", edited(temperature=float("nan")), ["run.json", "temperature"]),
+    ("temperature is a string", edited(temperature="1"), ["run.json", "temperature"]),
+    ("threshold is a string", edited(threshold="0.5"), ["run.json", "threshold"]),
+    ("negative max_length", edited(max_length=-5), ["run.json", "max_length"]),
+    ("max_length is a string", edited(max_length="512"), ["run.json", "max_length"]),
+    ("no arguments", edited("arguments"), ["run.json", "arguments"]),
+    ("its data file is gone", edited(data=["gone.jsonl"]), ["gone.jsonl"]),
+    ("its data file is another", edited(data=["good.jsonl"]), ["good.jsonl", "not the data of this run"]),
+]
+BAD_ADAPTERS = [  # (what is wrong, files, --model, words)
+    ("the base model is gone", {"trained/run.json": edited(model="gone")}, "", ["'gone'", "base model", "--model"]),
+    ("the base given is gone", {}, "--model away", ["'away'", "base model", "--model"]),
+    ("a base of another hidden size", {}, "--model narrow", ["adapter", "does not fit", "narrow"]),
+    ("a base of fewer layers", {}, "--model shallow", ["adapter", "does not fit", "shallow"]),
+    ("a base of more layers", {}, "--model deep", ["adapter", "does not fit", "deep"]),
+    ("the base given is an adapter", {}, "--model trained", ["trained", "adapter"]),
+    ("no adapter weights", {"trained/adapter_model.safetensors": None}, "",
+     ["adapter_model.safetensors", "incomplete"]),
+    ("truncated adapter weights", {"trained/adapter_model.safetensors": half}, "", ["trained"]),
+    ("no head in the adapter", {"trained/adapter_model.safetensors": without_tensor("score")}, "",
+     ["trained", "score"]),
+    ("a layer is missing in the adapter", {"trained/adapter_model.safetensors": without_tensor("layers.2.*q_proj")}, "",
+     ["trained", "layers.2"]),
+    ("no adapter_config.json", {"trained/adapter_config.json": None}, "", ["trained", "adapter_config.json"]),
+    ("adapter_config.json is broken JSON", {"trained/adapter_config.json": "{"}, "", ["trained", "JSON"]),
+    ("adapter_config.json of an unknown kind", {"trained/adapter_config.json": edited(peft_type="NO")}, "",
+     ["trained"]),
+    ("no tokenizer", {"trained/tokenizer.json": None, "trained/tokenizer_config.json": None}, "",
+     ["trained", "tokenizer"]),
+    ("three labels for a head of two", {"trained/run.json": edited(labels=["a", "b", "c"])}, "", ["trained"]),
+]  # fmt: skip
+ROWS += [
+    (f"run.json: {what}", {"trained/run.json": change}, "evaluate.py --ckpt trained", words)
+    for what, change, words in BAD_RUNS
+]
+ROWS += [
+    (what, files, f"evaluate.py --ckpt trained --text 你好 {model}", words)
+    for what, files, model, words in BAD_ADAPTERS
+]
+ROWS += [
+    ("no such checkpoint", {}, "evaluate.py --ckpt gone", ["gone", "no run.json"]),
+    ("a file as checkpoint", {}, "evaluate.py --ckpt good.jsonl", ["good.jsonl", "no run.json"]),
+    ("no checkpoint in the folder", {}, "evaluate.py --ckpt tiny", ["tiny", "no run.json", "not written by train.py"]),
+    ("an unfinished run", {"half/unfinished/metrics.jsonl": ""}, "evaluate.py --ckpt half", ["half", "did not finish"]),
+    ("a full checkpoint without its head", {"tiny/run.json": json.dumps(FULL_RUN)},
+     "evaluate.py --ckpt tiny --text 你好", ["tiny", "score", "incomplete"]),
+    ("a full checkpoint without weights", {"tiny/run.json": json.dumps(FULL_RUN), "tiny/model.safetensors": None},
+     "evaluate.py --ckpt tiny --text 你好", ["tiny", "model*.safetensors", "incomplete"]),
+    ("no such checkpoint", {}, "prompt_baseline.py --ckpt gone", ["gone", "no run.json"]),
+    ("its data file is gone", {"trained/run.json": edited(data=["gone.jsonl"])}, "prompt_baseline.py --ckpt trained",
+     ["gone.jsonl"]),
+    ("--example out of range", {}, "evaluate.py --ckpt trained --example 9999", ["9999", "0 to "]),
+    ("empty --text", {}, "evaluate.py --ckpt trained --text ''", ["--text", "empty"]),
+    ("--text of white space", {}, "evaluate.py --ckpt trained --text '\u3000 \n'", ["--text", "empty"]),
+    ("--text with --example", {}, "evaluate.py --ckpt trained --text 你好 --example 0", ["--text", "--example"]),
+]  # fmt: skip
+
+# ---- files that the scripts wrote -----------------------------------------------------------------
+
+A, OTHER = jsonl([prediction("a"), prediction("b")]), jsonl([prediction("a"), prediction("c")])
+BAD_COMPARISONS = [  # (what is wrong, files, words)
+    ("one file only", {"a.jsonl": A}, ["--compare", "two"]),
+    ("a file is missing", {"a.jsonl": A, "b.jsonl": None}, ["b.jsonl"]),
+    ("a folder", {"a.jsonl": A, "dir/": ""}, ["dir"]),
+    ("different texts", {"a.jsonl": A, "b.jsonl": OTHER}, ["a.jsonl and b.jsonl", "same texts"]),
+    ("other labels", {"a.jsonl": A, "b.jsonl": A.replace('"label": "human"', '"label": "x"')}, ["same texts"]),
+    ("another order", {"a.jsonl": A, "b.jsonl": jsonl([prediction("b"), prediction("a")])}, ["order"]),
+    ("empty files", {"a.jsonl": "", "b.jsonl": ""}, ["a.jsonl", "predictions"]),
+    ("HC3 records", {"a.jsonl": A, "b.jsonl": GOOD}, ["b.jsonl", "predictions"]),
+    ("numbers", {"a.jsonl": A, "b.jsonl": "1\n2\n"}, ["b.jsonl", "predictions"]),
+    ("not JSON", {"a.jsonl": A, "b.jsonl": "junk"}, ["b.jsonl", "predictions"]),
+    ("a torn last line", {"a.jsonl": A, "b.jsonl": A[:-9]}, ["b.jsonl", "predictions"]),
+    ("not UTF-8", {"a.jsonl": A, "b.jsonl": b"\xff"}, ["b.jsonl", "predictions"]),
+]
+ROWS += [
+    (f"--compare: {what}", files, f"evaluate.py --compare {' '.join(files)}", words)
+    for what, files, words in BAD_COMPARISONS
+]
+BAD_REPLIES = [  # (what is wrong, replies.jsonl, words)
+    ("missing", None, []),
+    ("empty", "", ["no replies"]),
+    ("not JSON", "human\n", ["label", "and reply"]),
+    ("torn", '{"label": "human", "reply": "hum', ["label", "and reply"]),
+    ("unknown label", '{"label": "robot", "reply": "human"}', ["robot", "human or chatgpt"]),
+    ("reply is null", '{"label": "human", "reply": null}', ["label", "and reply"]),
+    ("reply is a number", '{"label": "human", "reply": 1}', ["label", "and reply"]),
+    ("no reply", '{"label": "human"}', ["label", "and reply", "'reply'"]),
+    ("HC3 records", GOOD, ["label", "and reply", "'label'"]),
+    ("strings", '"human"\n', ["label", "and reply"]),
+    ("not UTF-8", b"\xff", ["label", "and reply"]),
+]
+ROWS += [
+    (f"--replay: {what}", {"replies.jsonl": content}, "prompt_baseline.py --replay replies.jsonl",
+     ["replies.jsonl", *words])
+    for what, content, words in BAD_REPLIES
+]  # fmt: skip
+
+# ---- output folders -------------------------------------------------------------------------------
+
+ROWS += [
+    ("a file", {}, "train.py --output_dir good.jsonl", ["--output_dir", "good.jsonl", "file", "folder"]),
+    ("below a file", {}, "train.py --output_dir good.jsonl/out", ["good.jsonl/out"]),
+    ("the base model's folder", {}, "train.py --model tiny --output_dir ./tiny", ["tiny", "base model", "another"]),
+    ("an unfinished run", {"held/unfinished/state.pt": "x"}, "train.py --output_dir held",
+     ["unfinished", "--resume", "--overwrite"]),
+    ("a foreign model", {"held/config.json": "{}", "held/model.safetensors": "x"}, "train.py --output_dir held",
+     ["held", "not of train.py", "another"]),
+    ("a foreign adapter", {"held/adapter_config.json": "{}", "held/adapter_model.safetensors": "x"},
+     "train.py --lora --output_dir held", ["held", "not of train.py", "another"]),
+    ("--resume with other arguments", {"held/unfinished/state.pt": state(arguments=OTHER_ARGUMENTS)},
+     "train.py --output_dir held --resume", ["--resume", "lora_r was 16 and is 8"]),
+    ("--resume of a broken state", {"held/unfinished/state.pt": "junk"}, "train.py --output_dir held --resume",
+     ["state.pt", "--overwrite"]),
+    ("--resume of a state that is another program's", {"held/unfinished/state.pt": state(a=1)},
+     "train.py --output_dir held --resume", ["state.pt", "--overwrite"]),
+    ("a file", {}, "evaluate.py --ckpt trained --output_dir good.jsonl", ["good.jsonl", "file", "folder"]),
+    ("a file", {}, "data.py --audit --output_dir good.jsonl", ["good.jsonl", "file", "folder"]),
+    ("a file", {}, "prompt_baseline.py --output_dir good.jsonl", ["good.jsonl", "file", "folder"]),
+]  # fmt: skip
+
+# ---- what must be refused -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def folders(lora_checkpoint, tmp_path_factory):
+    """Folders that a row can name: the tiny base, a LoRA checkpoint on it, and bases that fit neither."""
+    made = tmp_path_factory.mktemp("bases")
+    for name, change in {
+        "narrow": {"hidden_size": 64},
+        "shallow": {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
+        "deep": {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5},
+        "wordless": {"vocab_size": 100, "bos_token_id": None, "eos_token_id": None},
+    }.items():
+        config = transformers.AutoConfig.from_pretrained(TINY, **change)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(made / name)
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    transformers.BertModel(transformers.BertConfig(vocab_size=6144, **small)).save_pretrained(made / "encoder")
+    for folder in made.iterdir():
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(TINY / file, folder)
+    return {"tiny": TINY, "trained": lora_checkpoint} | {folder.name: folder for folder in made.iterdir()}
+
+
+@pytest.fixture
+def lay_out(folders, tmp_path, monkeypatch):
+    """A function that makes a row's files in an empty current folder and gives the row's script and arguments."""
+    monkeypatch.chdir(tmp_path)
+
+    def lay_out(files, command):
+        Path("good.jsonl").write_text(GOOD, encoding="utf-8")
+        for name, source in folders.items():
+            if re.search(rf"\b{name}\b", " ".join([command, *files])):
+                shutil.copytree(source, name)
+        for name, content in files.items():
+            path = Path(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if name.endswith("/"):
+                path.mkdir()
+            elif content is None:
+                path.unlink(missing_ok=True)
+            else:
+                content = content(path.read_bytes()) if callable(content) else content
+                path.write_bytes(content.encode() if isinstance(content, str) else content)
+        words = shlex.split(command)
+        while "=" in words[0]:
+            monkeypatch.setenv(*words.pop(0).split("="))
+        script, *argv = words
+        if script != "evaluate.py":
+            argv += [] if "--model" in argv else ["--model", str(TINY)]
+            argv += [] if "--data" in argv else ["--data", "good.jsonl"]
+        return script, argv
+
+    return lay_out
+
+
+def everything_here():
+    """All that lies in the current folder, so that anything written, changed or removed shows."""
+    return {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Collects (what, command, line printed), and writes the table when the tests are through."""
+    rows = []
+    yield rows
+    lines = [f"| {what} | `{' '.join(command.split())}` | {line} |" for what, command, line in rows]
+    text = "\n".join(["| what | command | line printed |", "|---|---|---|", *lines, ""]).replace(str(TINY), "TINY")
+    (tmp_path_factory.getbasetemp() / "bad_inputs.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}")
+
+
+def name_of(row):
+    return f"{row[2].partition('.py')[0].split()[-1]}: {row[0]}".replace("/", " ")
+
+
+def the_one_line(printed, words):
+    """The line on stderr, progress bars aside, which must be the only one and hold the words."""
+    lines = [line for line in re.split(r"[\r\n]+", printed) if line.strip() and "%|" not in line]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and printed.endswith("\n"), printed
+    assert len(lines[0]) < 700 and "Traceback" not in printed
+    assert [word for word in words if word not in lines[0]] == [], lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize(("what", "files", "command", "words"), ROWS, ids=map(name_of, ROWS))
+def test_refused_in_one_line(what, files, command, words, lay_out, table, capsys):
+    script, argv = lay_out(files, command)
+    before = everything_here()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        MAINS[script].main(argv)
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
+    line = the_one_line(printed.err, words)
+    after = everything_here()
+    assert [str(path) for path in before | after if before.get(path) != after.get(path)] == []
+    table.append((what, command, line))
+
+
+IN_PROCESSES = ["data: other field names", "train: no such layer", "evaluate: truncated adapter weights",
+                "prompt_baseline: no chat template"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_PROCESSES)
+def test_refused_in_a_process(name, lay_out):
+    """What a user's shell sees: the exit code, and stderr with whatever the libraries would add to it."""
+    _, files, command, words = next(row for row in ROWS if name_of(row) == name)
+    script, argv = lay_out(files, command)
+    before = everything_here()
+    done = run_script(script, *argv)
+    assert done.returncode == 2
+    the_one_line(done.stderr, words)
+    assert everything_here() == before
+
+
+def test_error_under_a_progress_bar(lay_out, capsys):
+    """A run that fails on its way: the bar's line is ended first, so that the error has a line of its own."""
+    _, argv = lay_out({}, "train.py --learning_rate 1e30 --save_steps 0")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        train.main(argv)
+    assert ended.value.code == 2
+    the_one_line(capsys.readouterr().err, ["step ", "loss", "--learning_rate"])
+
+
+def test_every_number_of_train_is_in_the_table():
+    numbers = {name for name, value in vars(train.parse_args([])).items() if type(value) in (int, float)}
+    assert numbers | {"save_steps"} == set(TRAIN_NUMBERS)
+    zeros = ["lora_dropout", "warmup_ratio", "weight_decay", "max_length", "save_steps", "seed"]
+    args = vars(train.parse_args([word for name in zeros for word in (f"--{name}", "0")]))
+    assert [args[name] for name in zeros] == [0] * len(zeros)
+
+
+# ---- what must work -------------------------------------------------------------------------------
+
+MEGABYTE = "长文本" * 120_000  # 1.08 MB in UTF-8
+FINE_TEXTS = {
+    "a megabyte": MEGABYTE,
+    "control characters": "a\x00b\x1b[31m\x7f\x85c",
+    "emoji": "👩‍👩‍👧‍👦🇨🇳 \u200b\ufeff",
+    "a lone surrogate": "a\ud800b\udc00",
+    "special tokens": "<|endoftext|>a<|im_start|>b<|im_end|><|endoftext|>",
+    "line separators": "a\u2028b\u2029c\r\nd",
+    "one character": "字",
+}
+FINE = [  # (what is odd, the file, words that data.py prints)
+    ("a byte order mark", "\ufeff" + GOOD, ["num_rows: 20"]),
+    ("CRLF", GOOD.replace("\n", "\r\n"), ["num_rows: 20", "0 answers missing"]),
+    ("blank lines", "\n\n" + GOOD.replace("\n", "\n \n"), ["num_rows: 20"]),
+    ("answers that are null", first(human_answers=None, chatgpt_answers=[None]), ["38 texts, 2 answers missing"]),
+    ("answers that are empty", first(human_answers=[], chatgpt_answers=["", ""]), ["38 texts, 2 answers missing"]),
+    ("answers of white space", first(human_answers=[" \n\u3000"]), ["39 texts, 1 answers missing"]),
+    ("a null before an answer", first(human_answers=[None, "", "a"]), ["40 texts, 0 answers missing"]),
+    ("one question again and again", jsonl(r | {"question": "q"} for r in RECORDS), ["num_rows: 20", "40 texts"]),
+    ("an empty question", first(question=""), ["40 texts"]),
+    ("NaN in a field that is not used", first(score=float("nan")), ["num_rows: 20"]),
+    *((what, first(question=text, human_answers=[text]), ["40 texts"]) for what, text in FINE_TEXTS.items()),
+]
+
+
+@pytest.mark.parametrize(("what", "content", "words"), FINE, ids=[row[0] for row in FINE])
+def test_odd_data_works(what, content, words, lay_out, capsys):
+    script, argv = lay_out({"odd.jsonl": content}, "data.py --data odd.jsonl")
+    MAINS[script].main(argv)
+    printed = capsys.readouterr()
+    assert [word for word in words if word not in printed.out] == []
+    assert printed.err == ""
+
+
+def test_odd_texts_are_tokenized_as_text():
+    """No text gives a special token, none is longer than asked, and each gives at least one token."""
+    tokenizer = data.load_tokenizer(str(TINY))
+    special = {tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")}
+    texts = [data.valid_unicode(text) for text in FINE_TEXTS.values()]
+    for text, ids in zip(texts, data.tokenize(tokenizer, texts, 64), strict=True):
+        assert 0 < len(ids) <= 64 and not special & set(ids), text[:50]
+    assert data.valid_unicode("a\ud800b") == "a\ufffdb" and data.valid_unicode("👩") == "👩"
+
+
+def test_odd_texts_are_learned_and_scored(lay_out, capsys):
+    """Through every script that reads them, and the files written are read back."""
+    odd = [
+        {"question": text[:9], "human_answers": [text], "chatgpt_answers": [f"{text[::-1]}。"]}
+        for text in FINE_TEXTS.values()
+    ]
+    files = {"odd.jsonl": jsonl([*odd, *RECORDS])}
+    _, argv = lay_out(files, "train.py --lora --data odd.jsonl --max_length 64 --batch_size 16 --epochs 1")
+    train.main(argv)
+    evaluate.main(["--ckpt", "out", "--split", "all"])
+    evaluate.main(["--compare", "out/predictions-all.jsonl", "out/predictions-all.jsonl"])
+    assert f"({2 * len(odd) + 40} texts" in capsys.readouterr().out
+    prompt_baseline.main(["--model", str(TINY), "--data", "odd.jsonl", "--questions", "99", "--max_new_tokens", "1"])
+    prompt_baseline.main(["--replay", "out/prompt/replies.jsonl"])
+    capsys.readouterr()
+    for text in FINE_TEXTS.values():
+        evaluate.main(["--ckpt", "out", "--text", text])
+        assert re.fullmatch(r"(human|chatgpt) [01]\.\d{4}\n", capsys.readouterr().out)

@@ -1,0 +1,346 @@
+"""Downloads through the real hub clients, from two small servers on this machine that misbehave on demand.
+
+Whatever a hub does, `fetch_subset` and `fetch_model` must end, in bounded time, with the right file or with one line
+that says what to do; nothing half-received may be taken for the file by a later run; what is cached needs no hub.
+"""
+
+import contextlib
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from conftest import ROOT, SAMPLE, TINY
+
+import data
+
+ALWAYS = 1000
+BOUND = 20  # seconds a call may take, with the patience below
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PATIENCE = {  # a test waits one second where a user waits ten or sixty, and the clients try again once or twice
+    "MODELSCOPE_REPO_TREE_PAGE_TIMEOUT_SECONDS": "1",
+    "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "2",
+    "MODELSCOPE_DOWNLOAD_TIMEOUT": "1",
+    "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "2",
+    "HF_HUB_ETAG_TIMEOUT": "1",
+    "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+}
+
+# The clients read their endpoints and timeouts when they are imported, and importing takes seconds: so one fresh
+# process serves all calls. A line of JSON in, a line out: what the call returned or raised, printed, and its seconds.
+CALLER = """
+import contextlib, io, json, os, sys, threading, time
+answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+os.dup2(2, 1)
+sys.path.insert(0, sys.argv[1])
+import data
+
+def call(function, arguments, answer):
+    printed, errors, start = io.StringIO(), io.StringIO(), time.monotonic()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+            answer["returned"] = getattr(data, function)(*arguments)
+    except BaseException as error:
+        answer |= {"raised": type(error).__name__, "message": str(error)}
+    answer |= {"printed": printed.getvalue(), "errors": errors.getvalue(), "seconds": time.monotonic() - start}
+
+for line in sys.stdin:
+    request, answer = json.loads(line), {}
+    os.environ["XDG_CACHE_HOME"] = request["cache"]
+    thread = threading.Thread(target=call, args=(request["function"], request["arguments"], answer), daemon=True)
+    thread.start()
+    thread.join(request["bound"])
+    print(json.dumps({} if thread.is_alive() else answer), file=answers, flush=True)
+os._exit(0)  # a call that hangs must not keep the process
+"""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """What the two clients ask: a listing of a repository, or one file of it."""
+
+    def do_GET(self):
+        hub, url = self.server.hub, urlsplit(self.path)
+        query = parse_qs(url.query)
+        hub.requests.append(f"{self.command} {self.path}")
+        if url.path.endswith(("/internalAccelerationInfo", "/agent-harnesses")):  # before the first real request
+            return self.reply(b"{}")
+        name = url.path.split("/resolve/")[-1].partition("/")[2] if "/resolve/" in url.path else ""
+        name = query.get("FilePath", [name])[0]
+        fault = hub.fault_at(name or "listing")
+        if fault == "silent":
+            time.sleep(2 * BOUND)
+        elif fault == "login page":
+            self.reply(b"<html>Please log in to this network</html>")
+        elif fault in ("404", "500"):
+            self.reply(b'{"Code": 1, "Message": "no", "Success": false}', int(fault), X_Error_Code="RepoNotFound")
+        elif name:
+            self.reply_file(name, fault)
+        else:
+            listing = {n: b for n, b in hub.files.items() if fault != "unlisted"}
+            self.reply(json.dumps(hub.list(url.path, listing)).encode())
+
+    do_HEAD = do_GET
+
+    def reply_file(self, name, fault):
+        body = self.server.hub.files.get(name)
+        if body is None:
+            return self.reply(b"no such file", 404, X_Error_Code="EntryNotFound")
+        headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X_Repo_Commit": COMMIT}
+        if fault == "wrong bytes":
+            body = bytes([body[0] ^ 1]) + body[1:]
+        start = int(self.headers.get("Range", "bytes=0-")[6:].partition("-")[0])
+        if start:
+            headers["Content_Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        sent = body[start : (start + len(body)) // 2] if fault == "truncated" else body[start:]
+        self.reply(sent, 206 if start else 200, length=len(body) - start, **headers)
+
+    def reply(self, body, status=200, length=None, **headers):
+        self.send_response(status)
+        for name, value in {"Content_Length": str(length or len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            with contextlib.suppress(OSError):  # a client may hang up
+                self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+class Hub:
+    """A hub on a port of its own. `fault`: None, "down", or (what, where, how often) with where a file's name,
+    "listing", "file" for any file, or "all"."""
+
+    def __init__(self):
+        self.port, self.server, self.files = 0, None, {}
+        self.set()
+
+    def set(self, fault=None):
+        self.fault, self.left, self.requests = fault, fault[2] if isinstance(fault, tuple) else 0, []
+        if fault == "down" and self.server:
+            self.server.shutdown()
+            self.server.server_close()  # nothing listens: connections are refused
+            self.server = None
+        elif fault != "down" and not self.server:
+            self.server = http.server.ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+            self.server.hub, self.port = self, self.server.server_port
+            threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def fault_at(self, place):
+        what, where, _ = self.fault or (None, None, 0)
+        hit = where in ("all", place) or (where == "file" and place != "listing")
+        if not (hit and self.left) or (what == "truncated" and place == "listing"):
+            return None
+        self.left -= 1
+        return what
+
+
+class ModelScope(Hub):
+    def list(self, path, files):
+        rows = [
+            {"Path": n, "Name": n, "Type": "blob", "Size": len(b), "Sha256": hashlib.sha256(b).hexdigest()}
+            for n, b in files.items()
+        ]
+        return {"Code": 200, "Success": True, "Data": {"Files": rows}}
+
+
+class HuggingFace(Hub):
+    def list(self, path, files):
+        if "/tree/" in path:
+            return [{"type": "file", "path": n, "size": len(b), "oid": "0" * 40} for n, b in files.items()]
+        return {"id": "o/n", "sha": COMMIT, "tags": [], "siblings": [{"rfilename": n} for n in files]}
+
+
+class Hubs:
+    """Both hubs, and the process that calls our functions with the real clients pointed at them."""
+
+    def __init__(self, folder):
+        self.modelscope, self.huggingface, self.folder = ModelScope(), HuggingFace(), folder
+        foreign = ("HF_", "HUGGINGFACE_", "MODELSCOPE_", "TRANSFORMERS_")  # settings of whoever runs the tests
+        env = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+        env |= {
+            "MODELSCOPE_ENDPOINT": f"http://127.0.0.1:{self.modelscope.port}",
+            "HF_ENDPOINT": f"http://127.0.0.1:{self.huggingface.port}",
+            "NO_PROXY": "127.0.0.1",
+            "HOME": str(folder / "home"),
+            "TMPDIR": str(folder),
+            "HF_HOME": str(folder / "huggingface"),
+            "MODELSCOPE_CACHE": str(folder / "modelscope"),
+            "MODELSCOPE_HOME": str(folder / "modelscope-home"),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CALLER, str(ROOT)],
+            env=env | PATIENCE,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=open(folder / "stderr.txt", "wb"),
+            text=True,
+            encoding="utf-8",
+        )
+
+    def set(self, modelscope=None, huggingface=None):
+        self.modelscope.set(modelscope)
+        self.huggingface.set(huggingface)
+
+    def call(self, function, *arguments, cache):
+        request = {"function": function, "arguments": arguments, "cache": str(cache), "bound": BOUND}
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        answer = json.loads(self.process.stdout.readline())
+        print(function, *arguments, answer)  # pytest shows it where a test fails
+        assert "seconds" in answer, f"no result after {BOUND} s"
+        return answer
+
+    def requests(self):
+        return self.modelscope.requests + self.huggingface.requests
+
+
+@pytest.fixture(scope="module")
+def hubs(tmp_path_factory):
+    hubs = Hubs(tmp_path_factory.mktemp("hubs"))
+    yield hubs
+    hubs.process.stdin.close()
+    hubs.process.wait(10)
+    hubs.set("down", "down")
+
+
+# ---- the data file -------------------------------------------------------------------------------
+
+# The same records, but one byte more on Hugging Face: the file tells where it came from.
+MODELSCOPE = SAMPLE.read_bytes()
+HUGGINGFACE = MODELSCOPE + b"\n"
+
+DATA_CASES = {  # what ModelScope does, what Hugging Face does, the file that must arrive (None: the one line)
+    "ModelScope gives it": (None, None, MODELSCOPE),
+    "ModelScope is down": ("down", None, HUGGINGFACE),
+    "ModelScope lacks the repository": (("404", "all", ALWAYS), None, HUGGINGFACE),
+    "ModelScope does not list the file": (("unlisted", "listing", ALWAYS), None, HUGGINGFACE),
+    "ModelScope lists the file but lacks it": (("404", "file", ALWAYS), None, HUGGINGFACE),
+    "ModelScope fails once": (("500", "all", 1), "down", MODELSCOPE),
+    "ModelScope fails always": (("500", "all", ALWAYS), None, HUGGINGFACE),
+    "ModelScope fails at the file": (("500", "file", ALWAYS), None, HUGGINGFACE),
+    "ModelScope breaks off once": (("truncated", "file", 1), "down", MODELSCOPE),
+    "ModelScope breaks off always": (("truncated", "file", ALWAYS), None, HUGGINGFACE),
+    "ModelScope sends wrong bytes once": (("wrong bytes", "file", 1), "down", MODELSCOPE),
+    "ModelScope sends wrong bytes always": (("wrong bytes", "file", ALWAYS), None, HUGGINGFACE),
+    "ModelScope does not answer": (("silent", "all", ALWAYS), None, HUGGINGFACE),
+    "ModelScope's file does not come": (("silent", "file", ALWAYS), None, HUGGINGFACE),
+    "a login page instead of ModelScope": (("login page", "all", ALWAYS), None, HUGGINGFACE),
+    "Hugging Face fails once": ("down", ("500", "all", 1), HUGGINGFACE),
+    "Hugging Face breaks off once": ("down", ("truncated", "file", 1), HUGGINGFACE),
+    "both are down": ("down", "down", None),
+    "both lack the repository": (("404", "all", ALWAYS), ("404", "all", ALWAYS), None),
+    "both lack the file": (("unlisted", "listing", ALWAYS), ("404", "file", ALWAYS), None),
+    "neither answers": (("silent", "all", ALWAYS), ("silent", "all", ALWAYS), None),
+    "both break off always": (("truncated", "file", ALWAYS), ("truncated", "file", ALWAYS), None),
+    "login pages instead of both": (("login page", "all", ALWAYS), ("login page", "all", ALWAYS), None),
+}
+
+
+@pytest.mark.parametrize("case", DATA_CASES)
+def test_data_file(case, hubs, tmp_path):
+    modelscope, huggingface, expected = DATA_CASES[case]
+    hubs.modelscope.files, hubs.huggingface.files = {"baike.jsonl": MODELSCOPE}, {"baike.jsonl": HUGGINGFACE}
+    hubs.set(modelscope, huggingface)
+    answer = hubs.call("fetch_subset", "baike", cache=tmp_path)
+    if expected is None:
+        assert answer["raised"] == "InputError"
+        for words in ("'baike'", "ModelScope: ", "Hugging Face: ", "Offline: ", "--data baike.jsonl"):
+            assert words in answer["message"]
+        assert "\n" not in answer["message"]
+        assert not list(tmp_path.rglob("baike.jsonl")), "a later run would take it for the file"
+        hubs.set()  # the next run, with both hubs well again, is not held up by what the first one left
+        answer, expected = hubs.call("fetch_subset", "baike", cache=tmp_path), MODELSCOPE
+    path = Path(answer["returned"])
+    assert tmp_path in path.parents and path.name == "baike.jsonl"
+    assert path.read_bytes() == expected
+
+    hubs.set()
+    again = hubs.call("fetch_subset", "baike", cache=tmp_path)
+    assert again["returned"] == answer["returned"] and hubs.requests() == []
+    hubs.set("down", "down")
+    assert hubs.call("fetch_subset", "baike", cache=tmp_path)["returned"] == answer["returned"]
+
+
+def test_data_script(hubs, tmp_path):
+    """What the user of the script sees, with no hub and with one."""
+    arguments = ["--data", "baike", "--model", str(TINY)]
+    hubs.modelscope.files = {"baike.jsonl": MODELSCOPE}
+    hubs.set("down", "down")
+    answer = hubs.call("main", arguments, cache=tmp_path)
+    assert (answer["raised"], answer["message"], answer["printed"]) == ("SystemExit", "2", "")
+    assert answer["errors"].startswith("error: cannot download") and answer["errors"].count("\n") == 1
+    hubs.set(None, "down")
+    answer = hubs.call("main", arguments, cache=tmp_path)
+    assert f"num_rows: {len(MODELSCOPE.splitlines())}" in answer["printed"]
+
+
+# ---- a model -------------------------------------------------------------------------------------
+
+MODEL = {path.name: path.read_bytes() for path in TINY.iterdir()}
+OTHER = {"huggingface": "modelscope", "modelscope": "huggingface"}
+
+
+def call_model(hubs, hub, repository, cache, fault=None):
+    """Call fetch_model while `hub` has `fault` and the other one, which must not be asked, is down."""
+    for each in OTHER:
+        getattr(hubs, each).files = MODEL
+        getattr(hubs, each).set(fault if each == hub else "down")
+    return hubs.call("fetch_model", f"somebody/{repository}", hub, cache=cache)
+
+
+def assert_whole(answer, folder):
+    """`answer` is a folder below `folder` with every file of the model as the hub has it."""
+    assert folder in Path(answer["returned"]).parents
+    for name, body in MODEL.items():
+        assert (Path(answer["returned"]) / name).read_bytes() == body, name
+
+
+def assert_one_line(answer, hub):
+    assert answer["raised"] == "InputError"
+    assert f"--hub {OTHER[hub]}" in answer["message"] and "\n" not in answer["message"]
+
+
+@pytest.mark.parametrize("hub", OTHER)
+def test_model_is_fetched_once(hub, hubs, tmp_path):
+    answer = call_model(hubs, hub, "whole", tmp_path)
+    assert_whole(answer, hubs.folder)
+    requests = len(hubs.requests())
+    again = hubs.call("fetch_model", "somebody/whole", hub, cache=tmp_path)
+    assert again["returned"] == answer["returned"] and len(hubs.requests()) == requests
+    assert call_model(hubs, hub, "whole", tmp_path, "down")["returned"] == answer["returned"]
+    data.load_tokenizer(answer["returned"])
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("hub", OTHER)
+def test_interrupted_model_is_completed(hub, name, hubs, tmp_path):
+    """One file did not come: what is there is never used as it is, and the next call fetches what is missing."""
+    repository = f"without-{name}"
+    assert_one_line(call_model(hubs, hub, repository, tmp_path, ("404", name, ALWAYS)), hub)
+    assert_one_line(call_model(hubs, hub, repository, tmp_path, "down"), hub)
+    assert_whole(call_model(hubs, hub, repository, tmp_path), hubs.folder)
+
+
+MODEL_FAULTS = {
+    "is down": "down",
+    "lacks it": ("404", "all", ALWAYS),
+    "fails always": ("500", "all", ALWAYS),
+    "breaks off": ("truncated", "model.safetensors", ALWAYS),
+    "does not answer": ("silent", "all", ALWAYS),
+    "is a login page": ("login page", "all", ALWAYS),
+}
+
+
+@pytest.mark.parametrize("fault", MODEL_FAULTS)
+@pytest.mark.parametrize("hub", OTHER)
+def test_model_cannot_be_fetched(hub, fault, hubs, tmp_path):
+    repository = fault.replace(" ", "-")
+    assert_one_line(call_model(hubs, hub, repository, tmp_path, MODEL_FAULTS[fault]), hub)
+    assert_whole(call_model(hubs, hub, repository, tmp_path), hubs.folder)

@@ -1,0 +1,111 @@
+"""The packed batch gives each text the logits it has alone, and the library's own."""
+
+import pytest
+import torch
+from conftest import TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification as SequenceClassifier
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+import data
+
+SIZE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 96,
+    "max_position_embeddings": 256,
+}
+CONFIGS = {
+    "qwen2": Qwen2Config(**{k: v for k, v in SIZE.items() if k != "head_dim"}),
+    "qwen2 with windows": Qwen2Config(**SIZE, use_sliding_window=True, sliding_window=6, max_window_layers=1),
+    "qwen3": Qwen3Config(**SIZE),
+    "llama": LlamaConfig(**SIZE),
+    "mistral with a window": MistralConfig(**SIZE, sliding_window=5),
+}
+
+
+def random_texts(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 95, (length,), generator=generator).tolist() for length in lengths]
+
+
+def library_logits(model, texts):
+    """Each text alone through the library's own forward pass and attention."""
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        return torch.cat([model(input_ids=torch.tensor([ids]), use_cache=False).logits for ids in texts])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_equals_one_by_one(name):
+    torch.manual_seed(0)
+    model = SequenceClassifier.from_config(CONFIGS[name]).eval()
+    texts = random_texts([7, 1, 30, 12, 3])
+    expected = library_logits(model, texts)
+    packed = data.PackedClassifier(model)
+    with torch.no_grad():
+        together = packed(**data.pack(texts))
+        alone = torch.cat([packed(**data.pack([ids])) for ids in texts])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
+    torch.testing.assert_close(together, expected, rtol=0, atol=1e-6)
+
+
+def test_neighbours_do_not_matter():
+    """What fails as soon as attention or positions leak over a boundary, in either direction."""
+    torch.manual_seed(0)
+    packed = data.PackedClassifier(SequenceClassifier.from_config(CONFIGS["qwen2"]).eval())
+    text, *neighbours = random_texts([9, 5, 17, 40, 2])
+    with torch.no_grad():
+        alone = packed(**data.pack([text]))[0]
+        for before in neighbours:
+            for after in neighbours:
+                logits = packed(**data.pack([before, text, after]))[1]
+                torch.testing.assert_close(logits, alone, rtol=0, atol=1e-6)
+        assert not torch.allclose(packed(**data.pack([neighbours[0] + text])), alone, atol=1e-3)
+
+
+def test_tiny_qwen_lora_packed_equals_library():
+    from peft import LoraConfig, get_peft_model
+
+    tokenizer = data.load_tokenizer(str(TINY))
+    torch.manual_seed(0)
+    model = data.load_classifier(str(TINY), tokenizer)
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj", "o_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # starts at zero, and then the adapter would be invisible
+            torch.nn.init.normal_(parameter, std=0.1)
+    texts = data.tokenize(tokenizer, ["总之，需要注意的是…", "我上次在家就这么弄的 没啥问题", "a<|endoftext|>", "短"])
+    expected = library_logits(model.eval(), texts)
+    packed = data.PackedClassifier(model)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(**data.pack(texts)), expected, rtol=0, atol=2e-6)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = SequenceClassifier.from_config(CONFIGS["qwen2"])
+        if checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        data.PackedClassifier(model)(**data.pack(random_texts([7, 12]))).sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=0, atol=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 96), min_size=1, max_size=20), min_size=1, max_size=8))
+def test_pack_can_be_unpacked(texts):
+    batch = data.pack(texts)
+    row, positions = batch["input_ids"][0], batch["position_ids"][0]
+    assert [part.tolist() for part in row.split(batch["lengths"])] == texts
+    assert [part.tolist() for part in positions.split(batch["lengths"])] == [list(range(len(ids))) for ids in texts]
+    assert row[batch["last_tokens"]].tolist() == [ids[-1] for ids in texts]
