@@ -25,6 +25,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -259,9 +260,9 @@ def forward_backward(accelerator, model, token_ids, labels, texts, seed, micro_s
     """Add the gradient of the mean loss over `texts`, the step's texts over all processes, in micro-batches.
 
     Returns this process's share of that mean, a 0-dim tensor on the device, and the micro-batch size, halved as often
-    as memory ran out if it `may_halve`. Exact for any division of the work: each loss is a sum x processes / texts in the
-    step (DDP averages over processes); gradients are exchanged with the last micro-batch alone; and every process runs
-    as many micro-batches, if need be for an empty share.
+    as memory ran out if it `may_halve`. Exact for any division of the work: each loss is a sum x processes / texts in
+    the step (DDP averages over processes); gradients are exchanged with the last micro-batch alone; and every process
+    runs as many micro-batches, if need be for an empty share.
     """
     torch.manual_seed(seed)
     total = torch.zeros((), device=accelerator.device)
@@ -296,21 +297,44 @@ def forward_backward(accelerator, model, token_ids, labels, texts, seed, micro_s
 # finished run stays whole until then, and at any moment the folder holds one finished run or says that it holds none.
 
 
-def prepare_output(output_dir, args):
-    """Clear or refuse what is in the way in `output_dir`; returns its folder `unfinished`. Raises InputError."""
-    unfinished = output_dir / "unfinished"
-    if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"--output_dir {output_dir} is a file: choose a folder")
-    if (unfinished / "complete").is_file():  # a run that was stopped while it moved its files up
-        move_up(unfinished)
-    if (output_dir / "config.json").exists() and not unfinished.exists() and not (output_dir / "run.json").exists():
-        raise InputError(f"--output_dir {output_dir} holds a model that is not of train.py: choose another folder")
-    if unfinished.exists() and not args.resume:
-        if not args.overwrite:
-            raise InputError(f"{unfinished} holds an unfinished run: --resume goes on with it, --overwrite discards it")
-        shutil.rmtree(unfinished)
-    unfinished.mkdir(parents=True, exist_ok=True)
-    return unfinished
+@contextlib.contextmanager
+def prepared_output(args, accelerator):
+    """Clear or refuse what is in the way in output_dir, and lock it while the run works in the folder that this yields.
+
+    Raises InputError where another run is at work, or an earlier one left what --resume or --overwrite must decide on.
+    """
+    output_dir = Path(args.output_dir)
+    unfinished, lock = output_dir / "unfinished", filelock.FileLock(output_dir / ".lock", blocking=False)
+    if accelerator.is_main_process:
+        if output_dir.exists() and not output_dir.is_dir():
+            raise InputError(f"--output_dir {output_dir} is a file: choose a folder")
+        output_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()  # the system releases it however the process ends
+        except filelock.Timeout:
+            raise InputError(f"another run is writing to {output_dir}: choose another --output_dir, or wait") from None
+    try:
+        if accelerator.is_main_process:
+            if (unfinished / "complete").is_file():  # a run that was stopped while it moved its files up
+                move_up(unfinished)
+            if not unfinished.exists() and not (output_dir / "run.json").exists():
+                foreign = [name for name in ("config.json", "adapter_config.json") if (output_dir / name).exists()]
+                if foreign:
+                    raise InputError(f"--output_dir {output_dir} holds a model of other origin: choose another folder")
+            if unfinished.exists() and not args.resume:
+                if not args.overwrite:
+                    raise InputError(
+                        f"an unfinished run is in {unfinished}: --resume continues, --overwrite discards it"
+                    )
+                shutil.rmtree(unfinished)
+            unfinished.mkdir(exist_ok=True)
+        accelerator.wait_for_everyone()
+        yield unfinished
+    finally:
+        if lock.is_locked:
+            lock.release()
+            lock_file = Path(lock.lock_file)
+            lock_file.unlink(missing_ok=True)
 
 
 def move_up(unfinished):
@@ -338,13 +362,18 @@ def move_up(unfinished):
     shutil.rmtree(unfinished)
 
 
+def check_room(folder, trainable):
+    """Raise InputError where the state would not fit twice, as it must while a new one replaces the old."""
+    needed = 2 * 3 * sum(parameter.nbytes for parameter in trainable)  # the weights and AdamW's two moments
+    there = sum(file.stat().st_size for file in folder.glob("state.pt*"))
+    if shutil.disk_usage(folder).free + there < needed:
+        raise InputError(f"no room in {folder} for {needed / 2**30:.1f} GiB of state: free some, or use --save_steps 0")
+
+
 def save_state(path, accelerator, model, optimizer, values):
     """Save for --resume what (seed, step) does not give: trainable tensors, AdamW's moments, the scaler, `values`."""
     if accelerator.is_main_process:
         weights = {n: p.detach() for n, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
-        needed = 3 * sum(tensor.nbytes for tensor in weights.values())  # the weights and their two moments
-        if shutil.disk_usage(path.parent).free < needed:  # the state before stays until the new one is whole
-            raise InputError(f"no room for {needed / 2**30:.1f} GiB in {path.parent}: free some, or use --save_steps 0")
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
         torch.save({"model": weights, "optimizer": optimizer.state_dict(), "scaler": scaler, **values}, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
@@ -381,13 +410,14 @@ def save_checkpoint(folder, accelerator, model, tokenizer):
         tokenizer.save_pretrained(folder)
 
 
-def finish(folder, run, precision, trained, token_ids, labels, device):
+def finish(folder, run, accelerator, trained, token_ids, labels):
     """Write run.json, load the checkpoint as evaluate.py will, score it, and complete run.json.
 
     `trained`: the validation logits (n, classes) of the model in training. Raises InputError if the loaded model's
     differ by more than the rounding of the precision explains.
     """
     data.write_atomically(folder / "run.json", json.dumps(run, indent=1, ensure_ascii=False))
+    device, precision = accelerator.device, accelerator.mixed_precision
     loaded = evaluate.predict(evaluate.load_checkpoint(folder, device=device)[0], token_ids, device, "check")
     tolerance = {"no": 1e-3, "bf16": 0.2, "fp16": 0.1}[precision] * np.abs(trained).mean()
     if not np.abs(trained - loaded).mean() <= tolerance:
@@ -455,20 +485,22 @@ def check_processes(accelerator, args):
 @data.one_line_errors
 def main(argv=None):
     args = parse_args(argv)
-
-    # ---- precision, processes, output folder, downloads
     precision, why = choose_precision(args.mixed_precision)
     AcceleratorState._reset_state()  # a second main() in one notebook kernel may want another precision
     accelerator = Accelerator(mixed_precision=precision)
+    check_processes(accelerator, args)
+    with accelerator.main_process_first():  # which downloads, so that the others find the files
+        folder, records = data.fetch_model(args.model, args.hub), data.load_hc3(args.data)
+    if Path(args.output_dir).resolve() == Path(folder).resolve():
+        raise InputError(f"--output_dir {args.output_dir} is the base model's folder: choose another")
+    with prepared_output(args, accelerator) as unfinished:
+        train(args, accelerator, f"{precision} ({why})", folder, records, unfinished)
+
+
+def train(args, accelerator, precision, folder, records, unfinished):
+    """The run: everything from records to a checkpoint in the folder above `unfinished`."""
     device, is_main = accelerator.device, accelerator.is_main_process
     shared = {"process": accelerator.process_index, "processes": accelerator.num_processes}
-    check_processes(accelerator, args)
-    with accelerator.main_process_first():
-        folder, records = data.fetch_model(args.model, args.hub), data.load_hc3(args.data)
-        output_dir = Path(args.output_dir)
-        if output_dir.resolve() == Path(folder).resolve():
-            raise InputError(f"--output_dir {output_dir} is the base model's folder: choose another")
-        unfinished = prepare_output(output_dir, args) if is_main else output_dir / "unfinished"
 
     # ---- data
     examples, missing = data.make_examples(records, args.protocol)
@@ -482,7 +514,7 @@ def main(argv=None):
 
     # ---- model, optimizer
     torch.manual_seed(args.seed)  # of the new head and the adapter
-    model = build_model(args, folder, tokenizer, precision)
+    model = build_model(args, folder, tokenizer, accelerator.mixed_precision)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     counts = {"trainable": sum(p.numel() for p in trainable), "all": sum(p.numel() for p in model.parameters())}
     if is_main:
@@ -501,7 +533,7 @@ def main(argv=None):
             f"{schedule.total_steps} steps of {step_size} texts on {accelerator.num_processes} x {device.type}",
             end=", ",
         )
-        print(f"mixed precision {precision} ({why})")
+        print(f"mixed precision {precision}")
     optimizer = torch.optim.AdamW(trainable, args.learning_rate, weight_decay=args.weight_decay, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
 
@@ -519,6 +551,9 @@ def main(argv=None):
         data.write_atomically(unfinished / "metrics.jsonl", "".join(map(history.log_lines, range(1, first_step + 1))))
 
     # ---- train
+    saves = args.save_steps != 0
+    if saves and is_main:
+        check_room(unfinished, trainable)
     may_halve = args.auto_batch_size and accelerator.num_processes == 1
     model.train()
     started = time.perf_counter()
@@ -534,7 +569,7 @@ def main(argv=None):
             # ---- step
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate_of(step)
-            norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             skipped = loss.new_full((), float(accelerator.optimizer_step_was_skipped))
@@ -564,7 +599,6 @@ def main(argv=None):
                     file.write(lines)
 
             # ---- save, stop
-            saves = args.save_steps != 0
             if saves and (stop or at_epoch_end or (args.save_steps and done % args.save_steps == 0)):
                 history.read(accelerator)
                 values = {"steps": history.steps, "epochs": history.epochs, "micro_size": micro_size}
@@ -598,20 +632,20 @@ def main(argv=None):
             "arguments": vars(args),
             "parameters": counts,
             "epochs": history.epochs,
-            "mixed_precision": {"value": precision, "why": why},
+            "mixed_precision": precision,
             "processes": accelerator.num_processes,
             "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
             "seconds": seconds,
             "peak_memory_gib": peak,
             "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "numpy")},
         }
-        finish(unfinished, run, precision, trained, token_ids["validation"], labels["validation"], device)
+        finish(unfinished, run, accelerator, trained, token_ids["validation"], labels["validation"])
         with contextlib.suppress(ImportError):  # matplotlib is optional
             plot_curves(unfinished)
         move_up(unfinished)
         memory = f"peak memory {peak:.2f} GiB, " if peak else ""
         print(f"{seconds:.1f} s of training, {memory}validation accuracy {run['validation']['accuracy']:.4f}")
-        print(f"saved to {output_dir}; next: python evaluate.py --ckpt {output_dir}")
+        print(f"saved to {args.output_dir}; next: python evaluate.py --ckpt {args.output_dir}")
     accelerator.wait_for_everyone()
 
 

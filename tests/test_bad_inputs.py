@@ -70,9 +70,11 @@ def prediction(text="a", label="human"):
 
 
 OTHER_ARGUMENTS = vars(train.parse_args(["--model", str(TINY), "--data", "good.jsonl", "--lora_r", "16"]))
+del OTHER_ARGUMENTS["output_dir"]
 # A full checkpoint's run.json, as far as evaluate.py relies on it.
 FULL_RUN = {"model": "tiny", "hub": "huggingface", "data": ["good.jsonl"], "labels": ["human", "chatgpt"],
-            "max_length": 64, "lora": False, "split": {"protocol": "seed", "sha256": {}}}  # fmt: skip
+            "max_length": 64, "lora": False, "arguments": {},
+            "split": {"protocol": "seed", "sha256": dict.fromkeys(data.PARTS, "")}}  # fmt: skip
 
 # ---- data files -----------------------------------------------------------------------------------
 
@@ -113,7 +115,7 @@ ROWS = [(what, {"bad.jsonl": content}, "train.py --data bad.jsonl", words) for w
 ROWS += [
     ("no such file", {}, "train.py --data gone.jsonl", ["gone.jsonl", "subsets are baike"]),
     ("no such subset", {}, "train.py --data biake", ["'biake'", "subsets are baike"]),
-    ("a folder as data", {"dir/": ""}, "train.py --data dir", ["dir is a folder", ".jsonl"]),
+    ("a folder as data", {"dir/": ""}, "train.py --data dir", ["dir", "is a folder", ".jsonl"]),
     ("an empty name", {}, "train.py --data ''", ["''"]),
     ("the second file is missing", {}, "train.py --data good.jsonl gone.jsonl", ["gone.jsonl"]),
     ("questions too few for whole ones", {"bad.jsonl": jsonl(RECORDS[:2])},
@@ -193,13 +195,13 @@ BAD_MODELS = [  # (what is wrong, files, words)
     ("no config.json", {"tiny/config.json": None}, ["tiny", "config.json"]),
     ("config.json is broken JSON", {"tiny/config.json": "{"}, ["tiny", "config.json"]),
     ("unknown model_type", {"tiny/config.json": edited(model_type="nosuch")}, ["tiny", "nosuch"]),
-    ("weights of other sizes", {"tiny/config.json": edited(hidden_size=64)}, ["tiny", "size"]),
+    ("weights of other sizes", {"tiny/config.json": edited(intermediate_size=8)}, ["tiny", "size"]),
     ("no weights", {"tiny/model.safetensors": None}, ["tiny", "model.safetensors"]),
     ("truncated weights", {"tiny/model.safetensors": half}, ["tiny", "Safetensor"]),
     ("weights that are no safetensors", {"tiny/model.safetensors": "junk"}, ["tiny", "Safetensor"]),
     ("pickled weights only", {"tiny/model.safetensors": None, "tiny/pytorch_model.bin": "x"}, ["tiny", "safetensors"]),
-    ("a layer's weights are missing", {"tiny/model.safetensors": without_tensor("layers.3.*q_proj")},
-     ["tiny", "layers.3", "incomplete"]),
+    ("a layer's weights are missing", {"tiny/model.safetensors": without_tensor("layers.0.*q_proj")},
+     ["tiny", "layers.0", "incomplete"]),
     ("no tokenizer", {"tiny/tokenizer.json": None, "tiny/tokenizer_config.json": None}, ["tiny", "tokenizer"]),
     ("tokenizer.json is broken JSON", {"tiny/tokenizer.json": half}, ["tiny", "tokenizer"]),
     ("tokenizer_config.json is broken JSON", {"tiny/tokenizer_config.json": "{"}, ["tiny", "tokenizer"]),
@@ -270,8 +272,8 @@ BAD_ADAPTERS = [  # (what is wrong, files, --model, words)
     ("truncated adapter weights", {"trained/adapter_model.safetensors": half}, "", ["trained"]),
     ("no head in the adapter", {"trained/adapter_model.safetensors": without_tensor("score")}, "",
      ["trained", "score"]),
-    ("a layer is missing in the adapter", {"trained/adapter_model.safetensors": without_tensor("layers.2.*q_proj")}, "",
-     ["trained", "layers.2"]),
+    ("a layer is missing in the adapter", {"trained/adapter_model.safetensors": without_tensor("layers.0.*q_proj")}, "",
+     ["trained", "layers.0"]),
     ("no adapter_config.json", {"trained/adapter_config.json": None}, "", ["trained", "adapter_config.json"]),
     ("adapter_config.json is broken JSON", {"trained/adapter_config.json": "{"}, "", ["trained", "JSON"]),
     ("adapter_config.json of an unknown kind", {"trained/adapter_config.json": edited(peft_type="NO")}, "",
@@ -350,14 +352,14 @@ ROWS += [
 
 ROWS += [
     ("a file", {}, "train.py --output_dir good.jsonl", ["--output_dir", "good.jsonl", "file", "folder"]),
-    ("below a file", {}, "train.py --output_dir good.jsonl/out", ["good.jsonl/out"]),
+    ("below a file", {}, "train.py --output_dir good.jsonl/out", ["good.jsonl"]),
     ("the base model's folder", {}, "train.py --model tiny --output_dir ./tiny", ["tiny", "base model", "another"]),
     ("an unfinished run", {"held/unfinished/state.pt": "x"}, "train.py --output_dir held",
      ["unfinished", "--resume", "--overwrite"]),
     ("a foreign model", {"held/config.json": "{}", "held/model.safetensors": "x"}, "train.py --output_dir held",
-     ["held", "not of train.py", "another"]),
+     ["held", "train.py", "another"]),
     ("a foreign adapter", {"held/adapter_config.json": "{}", "held/adapter_model.safetensors": "x"},
-     "train.py --lora --output_dir held", ["held", "not of train.py", "another"]),
+     "train.py --lora --output_dir held", ["held", "train.py", "another"]),
     ("--resume with other arguments", {"held/unfinished/state.pt": state(arguments=OTHER_ARGUMENTS)},
      "train.py --output_dir held --resume", ["--resume", "lora_r was 16 and is 8"]),
     ("--resume of a broken state", {"held/unfinished/state.pt": "junk"}, "train.py --output_dir held --resume",
@@ -375,17 +377,18 @@ ROWS += [
 @pytest.fixture(scope="session")
 def folders(lora_checkpoint, tmp_path_factory):
     """Folders that a row can name: the tiny base, a LoRA checkpoint on it, and bases that fit neither."""
-    made = tmp_path_factory.mktemp("bases")
+    made, base = tmp_path_factory.mktemp("bases"), transformers.AutoConfig.from_pretrained(TINY)
+    layers = {name: base.num_hidden_layers + more for name, more in (("shallow", -1), ("deep", 1))}
     for name, change in {
-        "narrow": {"hidden_size": 64},
-        "shallow": {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
-        "deep": {"num_hidden_layers": 5, "layer_types": ["full_attention"] * 5},
+        "narrow": {"hidden_size": base.hidden_size // 2},
+        **{name: {"num_hidden_layers": n, "layer_types": ["full_attention"] * n} for name, n in layers.items()},
         "wordless": {"vocab_size": 100, "bos_token_id": None, "eos_token_id": None},
     }.items():
         config = transformers.AutoConfig.from_pretrained(TINY, **change)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(made / name)
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    transformers.BertModel(transformers.BertConfig(vocab_size=6144, **small)).save_pretrained(made / "encoder")
+    bert = transformers.BertConfig(vocab_size=base.vocab_size, **small)
+    transformers.BertModel(bert).save_pretrained(made / "encoder")
     for folder in made.iterdir():
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(TINY / file, folder)
@@ -468,7 +471,7 @@ def test_refused_in_one_line(what, files, command, words, lay_out, table, capsys
     table.append((what, command, line))
 
 
-IN_PROCESSES = ["data: other field names", "train: no such layer", "evaluate: truncated adapter weights",
+IN_PROCESSES = ["data: other field names", "train: an unfinished run", "evaluate: truncated adapter weights",
                 "prompt_baseline: no chat template"]  # fmt: skip
 
 
@@ -551,15 +554,16 @@ def test_odd_texts_are_tokenized_as_text():
 def test_odd_texts_are_learned_and_scored(lay_out, capsys):
     """Through every script that reads them, and the files written are read back."""
     odd = [
-        {"question": text[:9], "human_answers": [text], "chatgpt_answers": [f"{text[::-1]}。"]}
+        {"question": text[:9], "human_answers": [text], "chatgpt_answers": [f"{text[:9]}。"]}
         for text in FINE_TEXTS.values()
     ]
-    files = {"odd.jsonl": jsonl([*odd, *RECORDS])}
+    files = {"odd.jsonl": jsonl([*odd, *RECORDS[:8]]), "out/README.md": "the user's own"}
     _, argv = lay_out(files, "train.py --lora --data odd.jsonl --max_length 64 --batch_size 16 --epochs 1")
     train.main(argv)
+    assert Path("out/README.md").read_text(encoding="utf-8") == "the user's own"
     evaluate.main(["--ckpt", "out", "--split", "all"])
     evaluate.main(["--compare", "out/predictions-all.jsonl", "out/predictions-all.jsonl"])
-    assert f"({2 * len(odd) + 40} texts" in capsys.readouterr().out
+    assert f"({2 * len(odd) + 16} texts" in capsys.readouterr().out
     prompt_baseline.main(["--model", str(TINY), "--data", "odd.jsonl", "--questions", "99", "--max_new_tokens", "1"])
     prompt_baseline.main(["--replay", "out/prompt/replies.jsonl"])
     capsys.readouterr()

@@ -57,7 +57,7 @@ for line in sys.stdin:
     thread = threading.Thread(target=call, args=(request["function"], request["arguments"], answer), daemon=True)
     thread.start()
     thread.join(request["bound"])
-    print(json.dumps({} if thread.is_alive() else answer), file=answers, flush=True)
+    print(json.dumps({} if thread.is_alive() else answer, default=str), file=answers, flush=True)
 os._exit(0)  # a call that hangs must not keep the process
 """
 

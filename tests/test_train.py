@@ -159,6 +159,9 @@ def test_killed_and_resumed_equals_uninterrupted(kind, small_data, tmp_path, pro
         assert processes(None, arguments(small_data, killed, *argv, "--resume")) == 0
     assert died >= 20
     assert results_of(whole) == results_of(killed)
+    for folder in (whole, killed):
+        evaluate.main(["--ckpt", str(folder)])
+    assert (whole / "predictions-test.jsonl").read_bytes() == (killed / "predictions-test.jsonl").read_bytes()
     assert not (killed / "unfinished").exists()
 
 
@@ -195,7 +198,7 @@ def test_resume_of_another_run_is_refused(small_data, tmp_path, capsys):
     assert stopped.value.code == 2 and "lora_r was 16 and is 8" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         train.main(argv)
-    assert "--resume goes on with it, --overwrite discards it" in capsys.readouterr().err
+    assert "--resume continues, --overwrite discards it" in capsys.readouterr().err
     evaluate.read_run(tmp_path / "out")  # the finished run is still there
     train.main([*argv, "--overwrite"])
     assert not unfinished.exists()
@@ -204,6 +207,40 @@ def test_resume_of_another_run_is_refused(small_data, tmp_path, capsys):
 def test_resume_without_state_starts_at_the_beginning(small_data, tmp_path, capsys):
     train.main(arguments(small_data, tmp_path / "out", "--lora", "--epochs", "1", "--resume", "--save_steps", "0"))
     assert "nothing saved yet: starting at the beginning" in capsys.readouterr().out
+
+
+def test_two_runs_into_one_folder(small_data, tmp_path, capsys):
+    """The second is refused whatever it is told, and does not disturb the first."""
+    argv = arguments(small_data, tmp_path / "out", "--lora", "--epochs", "500")
+    command = [sys.executable, str(ROOT / "train.py"), *argv]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "texts/s" in line:
+                break
+        for more in ([], ["--resume"], ["--overwrite"]):
+            with pytest.raises(SystemExit) as stopped:
+                train.main([*argv, *more])
+            assert stopped.value.code == 2 and "another run is writing to" in capsys.readouterr().err
+        process.kill()
+    with pytest.raises(SystemExit):
+        train.main(argv)  # the lock went with its process
+    assert "an unfinished run is in" in capsys.readouterr().err
+
+
+def test_scaler_skips_are_counted_and_other_overflows_stop():
+    """A gradient that is not finite is the fp16 scaler's business if it skipped the step, and otherwise an error."""
+    history = train.History(
+        train.Schedule(texts=40, step_size=2, epochs=1, seed=0, learning_rate=1.0, warmup_ratio=0.0)
+    )
+    accelerator = train.Accelerator()
+    for step in range(10):
+        norm, skipped = (float("inf"), 1.0) if step == 3 else (1.0, 0.0)
+        history.pending.append(torch.tensor([0.5, norm, skipped]))
+    history.read(accelerator)
+    assert json.loads(history.log_lines(10))["skipped_steps"] == 1
+    history.pending.append(torch.tensor([0.5, float("inf"), 0.0]))
+    with pytest.raises(data.InputError, match=r"step 11 gave loss 0\.5 and gradient norm inf"):
+        history.read(accelerator)
 
 
 # ---- division of the work -------------------------------------------------------------------------
@@ -317,7 +354,7 @@ def test_one_seed_is_bit_equal_and_another_differs(small_data, tmp_path):
 
 def test_out_of_memory_halves_the_micro_batch(small_data, tmp_path, monkeypatch, capsys):
     """The effective batch and so the result stay; without --auto_batch_size one line says what to do."""
-    argv = ["--lora", "--lora_dropout", "0", "--epochs", "1", "--batch_size", "16"]
+    argv = ["--lora", "--lora_dropout", "0", "--epochs", "1", "--batch_size", "16", "--learning_rate", "1e-5"]
     train.main(arguments(small_data, tmp_path / "whole", *argv))
     forward = data.PackedClassifier.forward
 
