@@ -12,6 +12,7 @@ set, no token is wasted, and a text's logits do not depend on its neighbours.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -50,16 +51,14 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists the options)\n")
 
 
-def number(kind, low, high=math.inf, open_low=False):
-    """An argparse type: an int or a float within [low, high], or (low, high]; never NaN or infinite."""
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or a float within [low, high], never NaN or infinite."""
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or math.isinf(value) or (open_low and value == low):
-            above = f"above {low}" if open_low else f"at least {low}"
-            raise argparse.ArgumentTypeError(
-                f"{text} is not {above}" + (f" and at most {high}" if high < math.inf else "")
-            )
+        if not low <= value <= high or math.isinf(value):
+            most = f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not at least {low}{most}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
@@ -80,11 +79,22 @@ def one_line_errors(main):
     return wrapped
 
 
+def one_line(error):
+    """An exception of some library as one short line: its type, and the words of what lies at the bottom of it."""
+    root = error
+    for _ in range(10):  # the hubs' clients wrap an error several times, each time with a longer message
+        root = root.__cause__ or (not root.__suppress_context__ and root.__context__) or root
+    return f"{type(error).__name__}: {' '.join(str(root).split())[:300] or type(root).__name__}"
+
+
 def write_atomically(path, text):
-    """Write `text` (str, as UTF-8, or bytes) to `path` so that the file appears whole or not at all."""
+    """Write `text` to `path`, as UTF-8, so that the file appears whole or not at all."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # when the disk was full, say
 
 
 # ---- records: one question with its human and its ChatGPT answers --------------------------------
@@ -92,6 +102,18 @@ def write_atomically(path, text):
 
 def cache_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hc3-chinese"
+
+
+def ask_huggingface(repository, filename, repo_type="model"):
+    """The file's ETag, which is its SHA-256 where it is kept as a large file; None where the hub answers with an error.
+
+    Raises within seconds where Hugging Face cannot be reached: its downloads would retry for minutes or wait for ever.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    with contextlib.suppress(HfHubHTTPError):  # it answers: the download itself will say what is wrong
+        return get_hf_file_metadata(hf_hub_url(repository, filename, repo_type=repo_type)).etag
 
 
 def fetch_subset(name):
@@ -114,15 +136,17 @@ def fetch_subset(name):
     def from_huggingface():
         from huggingface_hub import hf_hub_download
 
+        etag = ask_huggingface("Hello-SimpleAI/HC3-Chinese", path.name, "dataset")
         hf_hub_download("Hello-SimpleAI/HC3-Chinese", path.name, repo_type="dataset", local_dir=folder)
+        if re.fullmatch("[0-9a-f]{64}", etag or "") and hashlib.sha256(path.read_bytes()).hexdigest() != etag:
+            path.unlink()
+            raise OSError("the file's SHA-256 is not the one that the hub tells")
 
     for hub, download in (("ModelScope", from_modelscope), ("Hugging Face", from_huggingface)):
         try:
             download()
         except Exception as error:  # the clients raise a dozen types; whichever it is, the next hub is tried
-            failures.append(
-                f"{hub}: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-            )
+            failures.append(f"{hub}: {one_line(error)}")
         else:
             if path.is_file():
                 return path
@@ -274,7 +298,7 @@ def hash_examples(examples):
 def fetch_model(name, hub="huggingface"):
     """Folder of a model: `name` itself where it is a folder, else the hub's snapshot of it, from the cache if whole.
 
-    Only JSON, text and safetensors files are fetched, so nothing that is loaded afterwards can carry code.
+    Only JSON, text, chat template and safetensors files are fetched: none of them can carry Python code.
     """
     if Path(name).is_dir():
         return name
@@ -282,27 +306,35 @@ def fetch_model(name, hub="huggingface"):
         from modelscope import snapshot_download  # imported here: it costs seconds
     else:
         from huggingface_hub import snapshot_download
-    wanted = {"allow_patterns": ["*.json", "*.safetensors", "*.txt"]}
-    try:
+    wanted = {"allow_patterns": ["*.json", "*.jinja", "*.safetensors", "*.txt"]}
+    unfinished = cache_folder() / f"{hub}--{name.replace('/', '--')}.unfinished"  # lies there while a download runs
+    with contextlib.suppress(Exception):  # not cached: each client says so with exceptions of its own
         folder = snapshot_download(name, local_files_only=True, **wanted)
-        if list(Path(folder).glob("*.safetensors")) and (Path(folder) / "config.json").is_file():
+        weights, config = list(Path(folder).glob("*.safetensors")), Path(folder) / "config.json"
+        if weights and config.is_file() and not unfinished.is_file():
             return folder
-    except Exception:  # not cached: each client says so with exceptions of its own
-        pass
     try:
-        return snapshot_download(name, **wanted)
+        if hub == "huggingface":
+            ask_huggingface(name, "config.json")
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.touch()  # ModelScope's client cannot tell, offline, that a cached snapshot lacks a file
+        folder = snapshot_download(name, **wanted)
+        unfinished.unlink(missing_ok=True)
+        return folder
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         other = "modelscope" if hub == "huggingface" else "huggingface"
         raise InputError(
-            f"no folder {name!r}, and {hub} does not give that model ({reason}). Pass a local folder as --model, or "
-            f"try --hub {other}" + (" (reachable from China)" if other == "modelscope" else "")
+            f"no folder {name!r}, and {hub} does not give that model ({one_line(error)}): pass a local folder as "
+            f"--model, or try --hub {other}" + (", which China reaches" if other == "modelscope" else "")
         ) from None
 
 
 def load_tokenizer(folder):
     """The tokenizer of a model folder, its pad token set (to eos, as Qwen1.5 has it) for those who pad."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the loaders raise a dozen types for as many kinds of unusable folder
+        raise InputError(f"{folder} holds no tokenizer that can be loaded ({one_line(error)})") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -414,8 +446,7 @@ def load_classifier(folder, tokenizer, dtype=torch.float32, labels=LABELS, new_h
             output_loading_info=True,
         )
     except Exception as error:  # the loaders raise a dozen types for as many kinds of unusable folder
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{folder} is no model that can be loaded ({type(error).__name__}: {reason})") from None
+        raise InputError(f"{folder} is no model that can be loaded ({one_line(error)})") from None
     finally:
         transformers.logging.set_verbosity(verbosity)
     missing = [name for name in info["missing_keys"] if not (new_head and name.startswith("score"))]

@@ -32,25 +32,18 @@ LENGTH_EDGES = (32, 64, 128, 256, 512)  # tokens, between the buckets of "accura
 
 def parse_args(argv=None):
     parser = data.ArgumentParser(__doc__.splitlines()[0])
-    parser.add_argument("--ckpt", help="folder that train.py wrote")
-    parser.add_argument(
-        "--split", choices=["train", "validation", "test", "all"], help="part to score (test; all of --data)"
-    )
-    parser.add_argument(
-        "--data", nargs="+", help="other subsets or .jsonl files to score, instead of the run's own data"
-    )
-    parser.add_argument("--text", help="print label and probability of this text")
-    parser.add_argument("--example", type=data.number(int, 0), help="print example N of the part, with its prediction")
-    parser.add_argument("--compare", nargs="+", metavar="FILE", help="compare predictions-*.jsonl on the same texts")
-    parser.add_argument("--model", help="base model of an adapter, where it is no longer what run.json says")
-    parser.add_argument(
-        "--hub", choices=["huggingface", "modelscope"], help="where a base model comes from (the run's)"
-    )
-    parser.add_argument(
-        "--max_length", type=data.number(int, 0), help="cut texts at this many tokens; 0: never (the run's)"
-    )
-    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="dtype of the weights")
-    parser.add_argument("--output_dir", type=Path, help="folder for the results (the checkpoint's)")
+    add, count = parser.add_argument, data.number(int, 0)
+    add("--ckpt", help="folder that train.py wrote")
+    add("--split", choices=["train", "validation", "test", "all"], help="part to score (test, or with --data all)")
+    add("--data", nargs="+", metavar="SOURCE", help="other subsets or .jsonl files to score than the run's own")
+    add("--text", help="print label and probability of this text")
+    add("--example", type=count, metavar="N", help="print example N of the part, with its prediction")
+    add("--compare", nargs="+", metavar="FILE", help="compare predictions-*.jsonl on the same texts")
+    add("--model", help="base model of an adapter, where it is no longer what run.json says")
+    add("--hub", choices=["huggingface", "modelscope"], help="where a base model comes from (as in the run)")
+    add("--max_length", type=count, help="cut texts at so many tokens; 0: never (as in the run)")
+    add("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="dtype of the weights")
+    add("--output_dir", type=Path, help="folder for the results (the checkpoint's)")
     args = parser.parse_args(argv)
     if not args.ckpt and not args.compare:
         parser.error("--ckpt FOLDER (written by train.py) is needed, or --compare FILE FILE")
@@ -60,36 +53,31 @@ def parse_args(argv=None):
 # ---- checkpoint -> model -------------------------------------------------------------------------
 
 
+RUN_FIELDS = {"model": str, "hub": str, "data": list, "labels": list, "max_length": int, "lora": bool, "split": dict}
+
+
 def read_run(ckpt):
-    """The run.json of a checkpoint, with what this script relies on checked. Raises InputError."""
+    """The run.json of a checkpoint, with what the scripts rely on checked. Raises InputError."""
     path = Path(ckpt) / "run.json"
     if not path.is_file():
         hint = "train.py did not finish there" if (Path(ckpt) / "unfinished").is_dir() else "not written by train.py"
         raise InputError(f"{ckpt} holds no finished run (no run.json: {hint})")
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        expected = {
-            "model": str,
-            "hub": str,
-            "data": list,
-            "labels": list,
-            "max_length": int,
-            "lora": bool,
-            "split": dict,
+        wrong = [name for name, kind in RUN_FIELDS.items() if not isinstance(run[name], kind)]
+        sound = {
+            "labels": len(run["labels"]) >= 2 and all(isinstance(label, str) for label in run["labels"]),
+            "data": all(isinstance(source, str) for source in run["data"]),
+            "max_length": run["max_length"] >= 0,
+            "split": run["split"]["protocol"] in ("seed", "strict") and set(data.PARTS) <= set(run["split"]["sha256"]),
+            "temperature": 0 < run.get("temperature", 1.0) < math.inf,
+            "threshold": run.get("threshold") is None or 0 <= run["threshold"] <= 1,
         }
-        wrong = [name for name, kind in expected.items() if not isinstance(run[name], kind)]
-        if not {"protocol", "sha256"} <= set(run["split"]) or len(run["labels"]) < 2 or run["max_length"] < 0:
-            wrong.append("split, labels or max_length")
-        if not all(isinstance(name, str) for name in run["labels"] + run["data"]):
-            wrong.append("labels or data")
-        if not 0 < run.get("temperature", 1.0) < math.inf:
-            wrong.append("temperature")
+        wrong += [name for name, fine in sound.items() if not fine]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} cannot be read ({type(error).__name__}: {error}): the checkpoint is damaged"
-        ) from None
+        raise InputError(f"{path} is damaged ({data.one_line(error)}): take another copy of the checkpoint") from None
     if wrong:
-        raise InputError(f"{path} has an unusable {', '.join(wrong)}: the checkpoint is damaged")
+        raise InputError(f"{path} is damaged (unusable: {', '.join(wrong)}): take another copy of the checkpoint")
     return run
 
 
@@ -118,8 +106,7 @@ def load_checkpoint(ckpt, dtype=torch.float32, device="cpu", model=None, hub=Non
         try:
             classifier = PeftModel.from_pretrained(classifier, str(ckpt)).merge_and_unload()
         except (RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise InputError(f"the adapter in {ckpt} does not fit the base model {base} ({reason})") from None
+            raise InputError(f"the adapter in {ckpt} does not fit the base {base} ({data.one_line(error)})") from None
     return data.PackedClassifier(classifier.to(device, dtype)).eval(), tokenizer, run
 
 
@@ -295,7 +282,7 @@ def compare(paths):
             right = np.array([line["label"] == line["prediction"] for line in lines])
             questions = [line["question"] for line in lines]
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is not a predictions file ({type(error).__name__}: {error})") from None
+            raise InputError(f"{path} is not a predictions file ({data.one_line(error)})") from None
         runs.append((path, texts, right, questions))
     table = []
     for position, (first, texts, right, questions) in enumerate(runs):

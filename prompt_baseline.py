@@ -167,9 +167,7 @@ def read_replies(path):
         lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
         return [{"label": data.LABELS.index(line["label"])} for line in lines], [line["reply"] + "" for line in lines]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} is no replies.jsonl: {type(error).__name__}: {error} (label and reply a line)"
-        ) from None
+        raise InputError(f"{path} is no replies.jsonl, with label and reply a line ({data.one_line(error)})") from None
 
 
 def report(examples, replies):

@@ -55,28 +55,14 @@ def parse_args(argv=None):
     add("--batch_size", type=positive, default=4, help="texts in a micro-batch, counted over all processes")
     add("--gradient_accumulation_steps", type=positive, default=1, help="micro-batches in a step")
     add("--auto_batch_size", action="store_true", help="when out of memory, halve the micro-batch and keep the step")
-    add("--learning_rate", type=data.number(float, 0, open_low=True), default=5e-5, help="peak; falls linearly to 0")
-    add("--warmup_ratio", type=data.number(float, 0, 1), default=0.0, help="share of the steps in which the rate rises")
+    add("--learning_rate", type=data.number(float, 1e-12), default=5e-5, help="peak; falls linearly to 0")
+    add("--warmup_ratio", type=data.number(float, 0, 1), default=0.0, help="share of the steps in which it rises")
     add("--weight_decay", type=data.number(float, 0), default=0.0, help="AdamW's")
-    add(
-        "--max_grad_norm",
-        type=data.number(float, 0, open_low=True),
-        default=1.0,
-        help="gradients are clipped to this norm",
-    )
+    add("--max_grad_norm", type=data.number(float, 1e-12), default=1.0, help="gradients are clipped to this norm")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--mixed_precision", choices=["auto", "no", "bf16", "fp16"], default="auto", help="compute dtype")
-    add(
-        "--seed",
-        type=data.number(int, 0, 2**31),
-        default=233,
-        help="of the head, the order and the dropout (not the split)",
-    )
-    add(
-        "--save_steps",
-        type=data.number(int, 0),
-        help="save state every so many steps, not just every epoch; 0: never at all",
-    )
+    add("--seed", type=data.number(int, 0, 2**31), default=233, help="of head, order and dropout; not of the split")
+    add("--save_steps", type=data.number(int, 0), help="save state so often, not just every epoch; 0: never at all")
     add("--resume", action="store_true", help="go on with the unfinished run in output_dir")
     add("--overwrite", action="store_true", help="discard an unfinished run in output_dir")
     return parser.parse_args(argv)
@@ -301,7 +287,8 @@ def forward_backward(accelerator, model, token_ids, labels, texts, seed, micro_s
 def prepared_output(args, accelerator):
     """Clear or refuse what is in the way in output_dir, and lock it while the run works in the folder that this yields.
 
-    Raises InputError where another run is at work, or an earlier one left what --resume or --overwrite must decide on.
+    Yields None where --resume finds that the run has finished. Raises InputError where another run is at work, or an
+    earlier one left what --resume or --overwrite must decide on.
     """
     output_dir = Path(args.output_dir)
     unfinished, lock = output_dir / "unfinished", filelock.FileLock(output_dir / ".lock", blocking=False)
@@ -317,44 +304,49 @@ def prepared_output(args, accelerator):
         if accelerator.is_main_process:
             if (unfinished / "complete").is_file():  # a run that was stopped while it moved its files up
                 move_up(unfinished)
-            if not unfinished.exists() and not (output_dir / "run.json").exists():
-                foreign = [name for name in ("config.json", "adapter_config.json") if (output_dir / name).exists()]
-                if foreign:
-                    raise InputError(f"--output_dir {output_dir} holds a model of other origin: choose another folder")
             if unfinished.exists() and not args.resume:
                 if not args.overwrite:
-                    raise InputError(
-                        f"an unfinished run is in {unfinished}: --resume continues, --overwrite discards it"
-                    )
+                    hint = "--resume continues, --overwrite discards it"
+                    raise InputError(f"an unfinished run is in {unfinished}: {hint}")
                 shutil.rmtree(unfinished)
-            unfinished.mkdir(exist_ok=True)
+            ours = unfinished.exists() or (output_dir / "run.json").exists()
+            if not ours and any((output_dir / name).exists() for name in ("config.json", "adapter_config.json")):
+                raise InputError(f"--output_dir {output_dir} holds a model of other origin: choose another folder")
         accelerator.wait_for_everyone()
-        yield unfinished
+        finished = args.resume and not unfinished.exists() and (output_dir / "run.json").exists()
+        if finished:
+            was = evaluate.read_run(output_dir).get("arguments", {})
+            finished = deciding(was) == deciding(vars(args))
+        accelerator.wait_for_everyone()
+        if not finished and accelerator.is_main_process:
+            unfinished.mkdir(exist_ok=True)
+        yield None if finished else unfinished
     finally:
         if lock.is_locked:
             lock.release()
-            lock_file = Path(lock.lock_file)
-            lock_file.unlink(missing_ok=True)
+            (output_dir / ".lock").unlink(missing_ok=True)
+
+
+def deciding(arguments):
+    """Of a run's arguments (dict) those that decide what is learned."""
+    others = ("output_dir", "save_steps", "resume", "overwrite")
+    return {name: value for name, value in arguments.items() if name not in others}
 
 
 def move_up(unfinished):
     """Put the complete run in `unfinished` in place of the one in the folder above. Interrupted, it can be repeated."""
-    output_dir, run = unfinished.parent, unfinished / "run.json"
+    output_dir, run, replaced = unfinished.parent, unfinished / "run.json", unfinished / "replaced.json"
     (unfinished / "complete").touch()
     (unfinished / "state.pt").unlink(missing_ok=True)
     if run.exists():
-        (output_dir / "run.json").unlink(missing_ok=True)  # from here on the folder holds no finished run ...
-        for files in (
-            "adapter_*",
-            "model*.safetensors*",
-            "config.json",
-            "eval-*",
-            "predictions-*",
-            "report-*",
-            "curves.png",
-        ):
-            for old in output_dir.glob(files):
-                old.unlink()
+        if (output_dir / "run.json").exists():
+            os.replace(output_dir / "run.json", replaced)  # from here on the folder holds no finished run ...
+        if replaced.exists():  # the old files go before any new one comes, so that a repetition takes none for old
+            weights, results = ("adapter_*", "model*.safetensors*", "config.json"), ("eval-*", "predictions-*")
+            for pattern in (*weights, *results, "report-*", "curves.png"):
+                for old in output_dir.glob(pattern):
+                    old.unlink()
+            replaced.unlink()
         for new in unfinished.iterdir():
             if new.name not in ("run.json", "complete"):
                 os.replace(new, output_dir / new.name)
@@ -494,7 +486,10 @@ def main(argv=None):
     if Path(args.output_dir).resolve() == Path(folder).resolve():
         raise InputError(f"--output_dir {args.output_dir} is the base model's folder: choose another")
     with prepared_output(args, accelerator) as unfinished:
-        train(args, accelerator, f"{precision} ({why})", folder, records, unfinished)
+        if unfinished:
+            train(args, accelerator, f"{precision} ({why})", folder, records, unfinished)
+        elif accelerator.is_main_process:
+            print(f"the run in {args.output_dir} has finished: there is nothing to resume")
 
 
 def train(args, accelerator, precision, folder, records, unfinished):
@@ -539,8 +534,7 @@ def train(args, accelerator, precision, folder, records, unfinished):
 
     # ---- resume
     history, micro_size, state_path = History(schedule), args.batch_size, unfinished / "state.pt"
-    arguments = {k: v for k, v in vars(args).items() if k not in ("output_dir", "save_steps", "resume", "overwrite")}
-    arguments["data_sha256"] = data.hash_examples(parts["train"])
+    arguments = deciding(vars(args)) | {"data_sha256": data.hash_examples(parts["train"])}
     if args.resume and state_path.is_file():
         state = load_state(state_path, accelerator, model, optimizer, arguments)
         history, micro_size = History(schedule, state["steps"], state["epochs"]), state["micro_size"]
