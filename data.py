@@ -30,6 +30,7 @@ SUBSETS = ("baike", "open_qa", "nlpcc_dbqa", "finance", "medicine", "law", "psyc
 LABELS = ("human", "chatgpt")  # label 0, label 1
 FIELDS = ("question", "human_answers", "chatgpt_answers")
 PARTS = ("train", "validation", "test")
+PROTOCOLS = ("seed", "strict")  # see split_examples
 SPLIT_SEED = 233  # of the published results; the split never follows --seed, so that runs differ by training alone
 SEED_ROWS = 5000  # the published protocol draws this many of its 9,234 texts
 
@@ -48,7 +49,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message):
-        self.exit(2, f"error: {message} (--help lists the options)\n")
+        self.exit(2, f"error: {' '.join(message.split())} (--help lists the options)\n")
 
 
 def number(kind, low, high=math.inf):
@@ -63,6 +64,13 @@ def number(kind, low, high=math.inf):
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
     return parse
+
+
+def folder(text):
+    """An argparse type: the path of a folder that is there or can be made."""
+    if file := next((path for path in (Path(text), *Path(text).parents) if path.is_file()), None):
+        raise argparse.ArgumentTypeError(f"{file} is a file: choose a folder")
+    return Path(text)
 
 
 def one_line_errors(main):
@@ -170,9 +178,12 @@ def read_records(path):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{where} is not JSON ({error}): one object a line is expected") from None
+            reason = getattr(error, "msg", error)  # without JSON's own line number, which is always 1
+            raise InputError(f"{where} is not JSON ({reason}): one object a line is expected") from None
         if not isinstance(record, dict) or any(field not in record for field in FIELDS):
-            found = f"the fields {', '.join(map(repr, record))}" if isinstance(record, dict) else type(record).__name__
+            found = type(record).__name__
+            if isinstance(record, dict):
+                found = f"fields {', '.join(map(repr, record)) or 'none'}"
             raise InputError(f"{where} has {found}, not an object with {', '.join(FIELDS)}")
         if not isinstance(record["question"], str):
             raise InputError(f"{where}: question is not a string")
@@ -200,7 +211,7 @@ def load_hc3(sources):
     for source in (name for given in sources for name in (SUBSETS if given == "all" else (given,))):
         path = fetch_subset(source) if source in SUBSETS else Path(source)
         if path.is_dir():
-            raise InputError(f"{source} is a folder: give the .jsonl files in it")
+            raise InputError(f"{source!r} is a folder: give the .jsonl files in it")
         if not path.is_file():
             raise InputError(f"no file {source!r}, and the subsets are {', '.join(SUBSETS)}, all")
         subset = source if source in SUBSETS else path.stem
@@ -300,7 +311,7 @@ def fetch_model(name, hub="huggingface"):
 
     Only JSON, text, chat template and safetensors files are fetched: none of them can carry Python code.
     """
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return name
     if hub == "modelscope":
         from modelscope import snapshot_download  # imported here: it costs seconds
@@ -330,9 +341,14 @@ def fetch_model(name, hub="huggingface"):
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a model folder, its pad token set (to eos, as Qwen1.5 has it) for those who pad."""
+    """The tokenizer of a model folder, its pad token set (to eos, as Qwen1.5 has it) for those who pad.
+
+    Raises InputError.
+    """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers 5 makes one without any file
+            raise ValueError("it knows no tokens, so its files are missing")
     except Exception as error:  # the loaders raise a dozen types for as many kinds of unusable folder
         raise InputError(f"{folder} holds no tokenizer that can be loaded ({one_line(error)})") from None
     if tokenizer.pad_token_id is None:
@@ -426,32 +442,53 @@ class PackedClassifier(torch.nn.Module):
         return model.score(hidden[0, last_tokens]).float()  # (n, classes)
 
 
-def load_classifier(folder, tokenizer, dtype=torch.float32, labels=LABELS, new_head=True):
-    """The sequence-classification model of a local folder, with named labels, in `dtype`.
+def load_model(auto_class, folder, dtype, new_head=False, **options):
+    """A transformers model of a local folder in `dtype`: safetensors only, no code from the folder.
 
-    `new_head`: the folder holds a language model and the classification head is drawn at random (set the seed first);
-    otherwise every weight must be there. Safetensors only, no code from the folder. Raises InputError.
+    `new_head`: weights outside the backbone may be missing and are then drawn at random (set the seed first);
+    otherwise every weight must be there. Raises InputError.
     """
+    if (Path(folder) / "adapter_config.json").is_file():
+        raise InputError(f"{folder} is an adapter, not a whole model: give the model that it was trained on")
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # "newly initialized" is meant for those who forgot to train
     try:
-        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        model, info = auto_class.from_pretrained(
             folder,
             dtype=dtype,
-            id2label=dict(enumerate(labels)),
-            label2id={label: i for i, label in enumerate(labels)},
-            pad_token_id=tokenizer.pad_token_id,
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are reported below
             output_loading_info=True,
+            **options,
         )
     except Exception as error:  # the loaders raise a dozen types for as many kinds of unusable folder
         raise InputError(f"{folder} is no model that can be loaded ({one_line(error)})") from None
     finally:
         transformers.logging.set_verbosity(verbosity)
-    missing = [name for name in info["missing_keys"] if not (new_head and name.startswith("score"))]
+    missing = [n for n in info["missing_keys"] if not new_head or n.startswith(f"{model.base_model_prefix}.")]
     if missing:
         raise InputError(f"{folder} lacks the weights {', '.join(sorted(missing)[:3])}: the model is incomplete")
+    if other := sorted(name for name, *_ in info["mismatched_keys"]):
+        raise InputError(f"{folder} has weights of other sizes than its config.json says: {', '.join(other[:3])}")
+    return model
+
+
+def load_classifier(folder, tokenizer, dtype=torch.float32, labels=LABELS, new_head=True):
+    """The sequence-classification model of a local folder, with named labels, in `dtype`.
+
+    `new_head`: the folder holds a language model and the classification head is drawn at random (set the seed first).
+    Raises InputError.
+    """
+    model = load_model(
+        transformers.AutoModelForSequenceClassification,
+        folder,
+        dtype,
+        new_head,
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+        pad_token_id=tokenizer.pad_token_id,
+    )
     if not hasattr(model, "score"):
         raise InputError(f"{type(model).__name__} has no `score` head on the last token: use a decoder such as Qwen1.5")
     return model
@@ -495,10 +532,11 @@ def add_hub_option(parser):
 def add_data_options(parser):
     add_source_option(parser)
     split_help = "rows as published, or whole questions, text normalised"
-    parser.add_argument("--protocol", choices=["seed", "strict"], default="seed", help=f"how to split: {split_help}")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="seed", help=f"how to split: {split_help}")
     parser.add_argument("--model", default="Qwen/Qwen1.5-0.5B", help="hub id or local folder of the base model")
     add_hub_option(parser)
-    parser.add_argument("--max_length", type=number(int, 0), default=512, help="cut texts at so many tokens; 0: never")
+    length = number(int, 0, 2**31)
+    parser.add_argument("--max_length", type=length, default=512, help="cut texts at so many tokens; 0: never")
 
 
 def leaks(parts):
@@ -537,8 +575,8 @@ def audit(records, output_dir):
         "marks": [make_pipeline(mark_counts, LogisticRegression(max_iter=2000))],
         "ngrams": [ngrams(c) for c in (1, 10, 100)],
     }
-    columns = {}
-    for protocol in ("seed", "strict"):
+    columns, files = {}, []  # written when both protocols went well
+    for protocol in PROTOCOLS:
         parts = split_examples(make_examples(records, protocol)[0], protocol)
         texts = {part: [example["text"] for example in parts[part]] for part in PARTS}
         labels = {part: [example["label"] for example in parts[part]] for part in PARTS}
@@ -546,14 +584,16 @@ def audit(records, output_dir):
         ones = sum(labels["test"]) / len(labels["test"])
         column = [f"{len(texts['train'])} / {len(texts['test'])}", seen, copies, f"{max(ones, 1 - ones):.3f}"]
         for name, candidates in shortcuts.items():
-            fitted = [candidate.fit(texts["train"], labels["train"]) for candidate in candidates]
+            try:
+                fitted = [candidate.fit(texts["train"], labels["train"]) for candidate in candidates]
+            except ValueError as error:  # such as no punctuation anywhere
+                raise InputError(f"--audit cannot learn from the {name} of these texts ({error})") from None
             model = max(fitted, key=lambda model: model.score(texts["validation"], labels["validation"]))
             column.append(f"{model.score(texts['test'], labels['test']):.3f}")
             predicted = [LABELS[k] for k in model.predict(texts["test"])]
-            path = output_dir / f"predictions-{protocol}-{name}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_predictions(
-                path, parts["test"], LABELS, predictions=predicted, probabilities=model.predict_proba(texts["test"])
+            probabilities = model.predict_proba(texts["test"])
+            files.append(
+                (f"predictions-{protocol}-{name}.jsonl", parts["test"], LABELS, predicted, None, probabilities)
             )
         columns[protocol] = column
     rows = (
@@ -565,6 +605,9 @@ def audit(records, output_dir):
         "accuracy of white space and punctuation alone",
         "accuracy of character 1-3-grams",
     )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name, *contents in files:
+        save_predictions(output_dir / name, *contents)
     print(f"\n{'':48}{'seed':>12}{'strict':>12}")
     for row, seed, strict in zip(rows, columns["seed"], columns["strict"], strict=True):
         print(f"{row:48}{seed:>12}{strict:>12}")
@@ -577,7 +620,7 @@ def main(argv=None):
     parser = ArgumentParser(__doc__.splitlines()[0])
     add_data_options(parser)
     parser.add_argument("--audit", action="store_true", help="show what leaks and what shortcuts score (scikit-learn)")
-    parser.add_argument("--output_dir", type=Path, default=Path("out/audit"), help="folder for --audit's predictions")
+    parser.add_argument("--output_dir", type=folder, default=Path("out/audit"), help="folder for --audit's predictions")
     args = parser.parse_args(argv)
     import datasets
 

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -32,21 +33,24 @@ LENGTH_EDGES = (32, 64, 128, 256, 512)  # tokens, between the buckets of "accura
 
 def parse_args(argv=None):
     parser = data.ArgumentParser(__doc__.splitlines()[0])
-    add, count = parser.add_argument, data.number(int, 0)
+    add, count = parser.add_argument, data.number(int, 0, 2**31)
     add("--ckpt", help="folder that train.py wrote")
     add("--split", choices=["train", "validation", "test", "all"], help="part to score (test, or with --data all)")
     add("--data", nargs="+", metavar="SOURCE", help="other subsets or .jsonl files to score than the run's own")
-    add("--text", help="print label and probability of this text")
-    add("--example", type=count, metavar="N", help="print example N of the part, with its prediction")
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--text", help="print label and probability of this text")
+    one("--example", type=count, metavar="N", help="print example N of the part, with its prediction")
     add("--compare", nargs="+", metavar="FILE", help="compare predictions-*.jsonl on the same texts")
     add("--model", help="base model of an adapter, where it is no longer what run.json says")
     add("--hub", choices=["huggingface", "modelscope"], help="where a base model comes from (as in the run)")
     add("--max_length", type=count, help="cut texts at so many tokens; 0: never (as in the run)")
     add("--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="dtype of the weights")
-    add("--output_dir", type=Path, help="folder for the results (the checkpoint's)")
+    add("--output_dir", type=data.folder, help="folder for the results (the checkpoint's)")
     args = parser.parse_args(argv)
     if not args.ckpt and not args.compare:
         parser.error("--ckpt FOLDER (written by train.py) is needed, or --compare FILE FILE")
+    if args.compare and len(args.compare) < 2:
+        parser.error("--compare needs two files or more")
     return args
 
 
@@ -54,6 +58,7 @@ def parse_args(argv=None):
 
 
 RUN_FIELDS = {"model": str, "hub": str, "data": list, "labels": list, "max_length": int, "lora": bool, "split": dict}
+RUN_FIELDS |= {"arguments": dict, "temperature": (int, float), "threshold": (int, float, type(None))}
 
 
 def read_run(ckpt):
@@ -63,17 +68,20 @@ def read_run(ckpt):
         hint = "train.py did not finish there" if (Path(ckpt) / "unfinished").is_dir() else "not written by train.py"
         raise InputError(f"{ckpt} holds no finished run (no run.json: {hint})")
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = {"temperature": 1.0, "threshold": None} | json.loads(path.read_text(encoding="utf-8"))
         wrong = [name for name, kind in RUN_FIELDS.items() if not isinstance(run[name], kind)]
-        sound = {
-            "labels": len(run["labels"]) >= 2 and all(isinstance(label, str) for label in run["labels"]),
-            "data": all(isinstance(source, str) for source in run["data"]),
-            "max_length": run["max_length"] >= 0,
-            "split": run["split"]["protocol"] in ("seed", "strict") and set(data.PARTS) <= set(run["split"]["sha256"]),
-            "temperature": 0 < run.get("temperature", 1.0) < math.inf,
-            "threshold": run.get("threshold") is None or 0 <= run["threshold"] <= 1,
-        }
-        wrong += [name for name, fine in sound.items() if not fine]
+        if not wrong:
+            split = run["split"]
+            sound = {
+                "labels": len(run["labels"]) >= 2 and all(isinstance(label, str) for label in run["labels"]),
+                "data": all(isinstance(source, str) for source in run["data"]),
+                "max_length": run["max_length"] >= 0,
+                "split": split.get("protocol") in data.PROTOCOLS and set(data.PARTS) <= set(split.get("sha256", ())),
+                "arguments": not run["lora"] or {"lora_r", "lora_targets"} <= set(run["arguments"]),
+                "temperature": 0 < run["temperature"] < math.inf,
+                "threshold": run["threshold"] is None or 0 <= run["threshold"] <= 1,
+            }
+            wrong = [name for name, fine in sound.items() if not fine]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({data.one_line(error)}): take another copy of the checkpoint") from None
     if wrong:
@@ -95,7 +103,8 @@ def load_checkpoint(ckpt, dtype=torch.float32, device="cpu", model=None, hub=Non
     if not run["lora"]:
         classifier = data.load_classifier(ckpt, tokenizer, torch.float32, run["labels"], new_head=False)
     else:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
+        from safetensors.torch import load_file
 
         base = model or run["model"]
         try:
@@ -104,8 +113,14 @@ def load_checkpoint(ckpt, dtype=torch.float32, device="cpu", model=None, hub=Non
             raise InputError(f"the adapter's base model cannot be had: {error}. Give it with --model") from None
         classifier = data.load_classifier(folder, tokenizer, torch.float32, run["labels"])
         try:
-            classifier = PeftModel.from_pretrained(classifier, str(ckpt)).merge_and_unload()
-        except (RuntimeError, ValueError, KeyError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PEFT only warns of missing weights and is silent about others
+                adapted = PeftModel.from_pretrained(classifier, str(ckpt))
+            wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+            if differ := sorted(wanted ^ load_file(Path(ckpt) / weights).keys()):
+                raise ValueError(f"one of the two lacks {', '.join(differ[:3])}")
+            classifier = adapted.merge_and_unload()
+        except Exception as error:
             raise InputError(f"the adapter in {ckpt} does not fit the base {base} ({data.one_line(error)})") from None
     return data.PackedClassifier(classifier.to(device, dtype)).eval(), tokenizer, run
 
@@ -277,7 +292,9 @@ def compare(paths):
     runs = []
     for path in paths:
         try:
-            lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+            lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+            if not lines:
+                raise ValueError("it is empty")
             texts = [(line["text_sha256"], line["label"]) for line in lines]
             right = np.array([line["label"] == line["prediction"] for line in lines])
             questions = [line["question"] for line in lines]
@@ -287,7 +304,7 @@ def compare(paths):
     table = []
     for position, (first, texts, right, questions) in enumerate(runs):
         for second, other_texts, other_right, _ in runs[position + 1 :]:
-            if texts != other_texts or not texts:
+            if texts != other_texts:
                 raise InputError(f"{first} and {second} are not about the same texts in the same order: not comparable")
             wins, losses = int((right & ~other_right).sum()), int((other_right & ~right).sum())
             tail = sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
@@ -410,6 +427,8 @@ def parts_to_score(run, sources=None, split=None):
     named = {}
     for source in sources:
         examples, _ = data.make_examples(data.load_hc3([source]), protocol)
+        if not examples:
+            raise InputError(f"{source} holds no answers: there is nothing to score")
         if split not in (None, "all"):
             examples = data.split_examples(examples, protocol)[split]
         if named.setdefault(Path(source).stem, examples) is not examples:
@@ -419,14 +438,14 @@ def parts_to_score(run, sources=None, split=None):
 
 def score(name, examples, model, tokenizer, run, max_length, output_dir):
     """Predict, report and save one part."""
-    labels, temperature = run["labels"], run.get("temperature", 1.0)
+    labels, temperature = run["labels"], run["temperature"]
     token_ids = data.tokenize(tokenizer, [example["text"] for example in examples], max_length)
     started = time.perf_counter()
     logits = predict(model, token_ids, model.device, name)
     seconds = time.perf_counter() - started
     true, lengths = np.array([example["label"] for example in examples]), np.array([len(ids) for ids in token_ids])
     questions, subsets = (np.array([example[field] for example in examples]) for field in ("question", "subset"))
-    result = metrics(true, logits, questions, subsets, lengths, labels, temperature, run.get("threshold"))
+    result = metrics(true, logits, questions, subsets, lengths, labels, temperature, run["threshold"])
     predictions = [labels[k] for k in logits.argmax(1)]
     probabilities = softmax(logits / temperature)
     confidence = probabilities.max(1)
@@ -458,7 +477,7 @@ def score(name, examples, model, tokenizer, run, max_length, output_dir):
 def show_text(text, model, tokenizer, run, max_length):
     """(index of the predicted class, its calibrated probability) of one text."""
     logits = predict(model, data.tokenize(tokenizer, [text], max_length), model.device, "text")
-    probabilities = softmax(logits / run.get("temperature", 1.0))[0]
+    probabilities = softmax(logits / run["temperature"])[0]
     return int(probabilities.argmax()), float(probabilities.max())
 
 

@@ -53,7 +53,7 @@ def parse_args(argv=None):
     parser.add_argument("--max_new_tokens", type=data.number(int, 1), default=8, help="length of a reply")
     parser.add_argument("--batch_size", type=data.number(int, 1), default=8, help="prompts at a time")
     parser.add_argument("--replay", metavar="FILE", help="score this replies.jsonl, without a model")
-    parser.add_argument("--output_dir", type=Path, default=Path("out/prompt"), help="folder for the results")
+    parser.add_argument("--output_dir", type=data.folder, default=Path("out/prompt"), help="folder for the results")
     args = parser.parse_args(argv)
     if args.prior_correction and args.method != "logprob":
         parser.error("--prior_correction needs --method logprob")
@@ -94,20 +94,22 @@ class Prompt:
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": mark}]
         try:
             chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except ValueError:
-            raise InputError("this model has no chat template: choose a chat model as --model") from None
-        before, _, after = chat.partition(mark)
+            before, _, after = chat.partition(mark)
+            self.end = tokenizer(after, add_special_tokens=False)["input_ids"][0]
+        except Exception as error:  # none at all, or one that refuses these messages: each raises a type of its own
+            reason = data.one_line(error)
+            raise InputError(f"no usable chat template ({reason}): choose a chat model as --model") from None
         self.tokenizer = tokenizer
         self.before, self.after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
-        self.end = self.after[0]
 
     def ids(self, example):
-        """Token ids of the question about one example. Special-token strings in its text stay text."""
+        """Token ids of the question about one example. Special-token strings in its text stay text; a text that the
+        model could not read is cut at its end."""
         topic = example["question"].removeprefix(BAIKE_OPENING)
         content = USER.format(topic=topic, text=example["text"])
         return [
             *self.before,
-            *self.tokenizer(content, add_special_tokens=False, split_special_tokens=True)["input_ids"],
+            *self.tokenizer(content, add_special_tokens=False, split_special_tokens=True, truncation=True)["input_ids"],
             *self.after,
         ]
 
@@ -164,10 +166,13 @@ def class_log_probabilities(model, prompt, examples):
 def read_replies(path):
     """(examples with a label, replies) of a replies.jsonl. Raises InputError."""
     try:
-        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [{"label": data.LABELS.index(line["label"])} for line in lines], [line["reply"] + "" for line in lines]
+        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+        label_of = {name: label for label, name in enumerate(data.LABELS)}
+        return [{"label": label_of[line["label"]]} for line in lines], [line["reply"] + "" for line in lines]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no replies.jsonl, with label and reply a line ({data.one_line(error)})") from None
+        raise InputError(
+            f"{path} is no replies.jsonl, with label, human or chatgpt, and reply a line ({data.one_line(error)})"
+        ) from None
 
 
 def report(examples, replies):
@@ -203,9 +208,7 @@ def main(argv=None):
     device = PartialState().device
     bf16 = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     dtype = torch.bfloat16 if bf16 else torch.float16 if device.type == "cuda" else torch.float32
-    model = (
-        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device).eval()
-    )
+    model = data.load_model(transformers.AutoModelForCausalLM, folder, dtype).to(device).eval()
 
     log_p = None
     if args.method == "generate":

@@ -45,7 +45,7 @@ def parse_args(argv=None):
     data.add_data_options(parser)
     positive = data.number(int, 1)
     add = parser.add_argument
-    add("--output_dir", default="out", help="folder of the checkpoint")
+    add("--output_dir", type=data.folder, default="out", help="folder of the checkpoint")
     add("--lora", action="store_true", help="train a LoRA adapter instead of every weight")
     add("--lora_r", type=positive, default=8, help="rank of the adapter")
     add("--lora_alpha", type=positive, default=16, help="the adapter counts lora_alpha / lora_r times")
@@ -285,16 +285,14 @@ def forward_backward(accelerator, model, token_ids, labels, texts, seed, micro_s
 
 @contextlib.contextmanager
 def prepared_output(args, accelerator):
-    """Clear or refuse what is in the way in output_dir, and lock it while the run works in the folder that this yields.
+    """Refuse what is in the way in output_dir, and lock it while the run works in the folder that this yields.
 
     Yields None where --resume finds that the run has finished. Raises InputError where another run is at work, or an
     earlier one left what --resume or --overwrite must decide on.
     """
-    output_dir = Path(args.output_dir)
+    output_dir, made = args.output_dir, not args.output_dir.exists()
     unfinished, lock = output_dir / "unfinished", filelock.FileLock(output_dir / ".lock", blocking=False)
     if accelerator.is_main_process:
-        if output_dir.exists() and not output_dir.is_dir():
-            raise InputError(f"--output_dir {output_dir} is a file: choose a folder")
         output_dir.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()  # the system releases it however the process ends
@@ -304,11 +302,9 @@ def prepared_output(args, accelerator):
         if accelerator.is_main_process:
             if (unfinished / "complete").is_file():  # a run that was stopped while it moved its files up
                 move_up(unfinished)
-            if unfinished.exists() and not args.resume:
-                if not args.overwrite:
-                    hint = "--resume continues, --overwrite discards it"
-                    raise InputError(f"an unfinished run is in {unfinished}: {hint}")
-                shutil.rmtree(unfinished)
+            if unfinished.exists() and not args.resume and not args.overwrite:
+                hint = "--resume continues, --overwrite discards it"
+                raise InputError(f"an unfinished run is in {unfinished}: {hint}")
             ours = unfinished.exists() or (output_dir / "run.json").exists()
             if not ours and any((output_dir / name).exists() for name in ("config.json", "adapter_config.json")):
                 raise InputError(f"--output_dir {output_dir} holds a model of other origin: choose another folder")
@@ -318,13 +314,13 @@ def prepared_output(args, accelerator):
             was = evaluate.read_run(output_dir).get("arguments", {})
             finished = deciding(was) == deciding(vars(args))
         accelerator.wait_for_everyone()
-        if not finished and accelerator.is_main_process:
-            unfinished.mkdir(exist_ok=True)
         yield None if finished else unfinished
     finally:
         if lock.is_locked:
-            lock.release()
             (output_dir / ".lock").unlink(missing_ok=True)
+            lock.release()
+            if made and not any(output_dir.iterdir()):  # the run was refused before it wrote anything
+                output_dir.rmdir()
 
 
 def deciding(arguments):
@@ -376,9 +372,9 @@ def load_state(path, accelerator, model, optimizer, arguments):
     """Load what `save_state` saved and return its `values`. Raises InputError if the run had other arguments."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        was = state["arguments"]
     except Exception as error:  # a damaged file makes torch.load raise whatever its parts raise
         raise InputError(f"{path} cannot be read ({type(error).__name__}): start again with --overwrite") from None
-    was = state["arguments"]
     different = [name for name in arguments if was.get(name) != arguments[name]]
     if different:
         changes = ", ".join(f"{name} was {was.get(name)} and is {arguments[name]}" for name in different)
@@ -399,6 +395,7 @@ def save_checkpoint(folder, accelerator, model, tokenizer):
         weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
         options = {"save_embedding_layers": False} if hasattr(inner, "peft_config") else {}  # else PEFT may ask the hub
         inner.save_pretrained(folder, state_dict=weights, **options)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card would replace the user's own
         tokenizer.save_pretrained(folder)
 
 
@@ -483,7 +480,7 @@ def main(argv=None):
     check_processes(accelerator, args)
     with accelerator.main_process_first():  # which downloads, so that the others find the files
         folder, records = data.fetch_model(args.model, args.hub), data.load_hc3(args.data)
-    if Path(args.output_dir).resolve() == Path(folder).resolve():
+    if args.output_dir.resolve() == Path(folder).resolve():
         raise InputError(f"--output_dir {args.output_dir} is the base model's folder: choose another")
     with prepared_output(args, accelerator) as unfinished:
         if unfinished:
@@ -539,7 +536,10 @@ def train(args, accelerator, precision, folder, records, unfinished):
         state = load_state(state_path, accelerator, model, optimizer, arguments)
         history, micro_size = History(schedule, state["steps"], state["epochs"]), state["micro_size"]
     first_step = len(history.steps)
-    if is_main:
+    if is_main:  # nothing was written up to here: a command that is refused leaves everything as it was
+        if not args.resume:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(exist_ok=True)
         if args.resume:
             print(f"going on after step {first_step}" if first_step else "nothing saved yet: starting at the beginning")
         data.write_atomically(unfinished / "metrics.jsonl", "".join(map(history.log_lines, range(1, first_step + 1))))
@@ -623,7 +623,7 @@ def train(args, accelerator, precision, folder, records, unfinished):
                 "sizes": {part: len(parts[part]) for part in data.PARTS},
                 "sha256": {part: data.hash_examples(parts[part]) for part in data.PARTS},
             },
-            "arguments": vars(args),
+            "arguments": vars(args) | {"output_dir": str(args.output_dir)},
             "parameters": counts,
             "epochs": history.epochs,
             "mixed_precision": precision,

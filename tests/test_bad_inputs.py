@@ -198,7 +198,7 @@ ROWS += [
 
 BAD_MODELS = [  # (what is wrong, files, words)
     ("no config.json", {"tiny/config.json": None}, ["tiny", "config.json"]),
-    ("config.json is broken JSON", {"tiny/config.json": "{"}, ["tiny", "config.json"]),
+    ("config.json is broken JSON", {"tiny/config.json": "{"}, ["tiny"]),
     ("unknown model_type", {"tiny/config.json": edited(model_type="nosuch")}, ["tiny", "nosuch"]),
     ("weights of other sizes", {"tiny/config.json": edited(intermediate_size=8)}, ["tiny", "size"]),
     ("no weights", {"tiny/model.safetensors": None}, ["tiny", "model.safetensors"]),
@@ -406,6 +406,7 @@ def folders(lora_checkpoint, tmp_path_factory):
 def lay_out(folders, tmp_path, monkeypatch):
     """A function that makes a row's files in an empty current folder and gives the row's script and arguments."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where a download would leave something
 
     def lay_out(files, command):
         Path("good.jsonl").write_text(GOOD, encoding="utf-8")
