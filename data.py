@@ -471,7 +471,15 @@ def load_model(auto_class, folder, dtype, new_head=False, **options):
         raise InputError(f"{folder} lacks the weights {', '.join(sorted(missing)[:3])}: the model is incomplete")
     if other := sorted(name for name, *_ in info["mismatched_keys"]):
         raise InputError(f"{folder} has weights of other sizes than its config.json says: {', '.join(other[:3])}")
+    saved = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    if rope_theta(saved) not in (None, rope_theta(model.config.to_dict())):  # 4.x overlooks where 5.x saves it
+        raise InputError(f"{folder} was saved by a newer transformers, which this one misreads: upgrade transformers")
     return model
+
+
+def rope_theta(config):
+    """The base of the rotary position embedding in a model's configuration (dict); None where it does not say."""
+    return config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta")
 
 
 def load_classifier(folder, tokenizer, dtype=torch.float32, labels=LABELS, new_head=True):
