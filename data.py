@@ -95,11 +95,11 @@ def one_line(error):
     return f"{type(error).__name__}: {' '.join(str(root).split())[:300] or type(root).__name__}"
 
 
-def write_atomically(path, text):
-    """Write `text` to `path`, as UTF-8, so that the file appears whole or not at all."""
+def write_atomically(path, content):
+    """Write `content`, bytes or a str as UTF-8, to `path` so that the file appears whole or not at all."""
     temporary = Path(f"{path}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # when the disk was full, say

@@ -12,6 +12,7 @@ model, the data, the split and its hash, max_length, temperature and threshold. 
 """
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -407,7 +408,9 @@ def plot_report(path, result, labels, logits):
     rows = result["by_length"]
     by_length.bar([f"{row['tokens_from']}+" for row in rows], [row["accuracy"] for row in rows])
     by_length.set(ylim=(0, 1), xlabel="tokens", title="accuracy by length")
-    figure.savefig(path, dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format="png")
+    data.write_atomically(path, picture.getvalue())
 
 
 # ---- main -----------------------------------------------------------------------------------------

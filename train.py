@@ -355,7 +355,19 @@ def check_room(folder, trainable):
     needed = 2 * 3 * sum(parameter.nbytes for parameter in trainable)  # the weights and AdamW's two moments
     there = sum(file.stat().st_size for file in folder.glob("state.pt*"))
     if shutil.disk_usage(folder).free + there < needed:
-        raise InputError(f"no room in {folder} for {needed / 2**30:.1f} GiB of state: free some, or use --save_steps 0")
+        raise InputError(f"no room in {folder} for {needed / 2**20:.0f} MiB of state: free some, or use --save_steps 0")
+
+
+@contextlib.contextmanager
+def saving_to(folder):
+    """Make an InputError of whatever a library raises where the disk is full, as each has a type of its own."""
+    try:
+        yield
+    except Exception as error:
+        (folder / "state.pt.tmp").unlink(missing_ok=True)
+        raise InputError(
+            f"cannot save to {folder} ({data.one_line(error)}): make room, then go on with --resume"
+        ) from None
 
 
 def save_state(path, accelerator, model, optimizer, values):
@@ -363,8 +375,10 @@ def save_state(path, accelerator, model, optimizer, values):
     if accelerator.is_main_process:
         weights = {n: p.detach() for n, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
-        torch.save({"model": weights, "optimizer": optimizer.state_dict(), "scaler": scaler, **values}, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        state = {"model": weights, "optimizer": optimizer.state_dict(), "scaler": scaler, **values}
+        with saving_to(path.parent):
+            torch.save(state, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
     accelerator.wait_for_everyone()
 
 
@@ -394,9 +408,10 @@ def save_checkpoint(folder, accelerator, model, tokenizer):
         inner = accelerator.unwrap_model(model).model
         weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
         options = {"save_embedding_layers": False} if hasattr(inner, "peft_config") else {}  # else PEFT may ask the hub
-        inner.save_pretrained(folder, state_dict=weights, **options)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card would replace the user's own
-        tokenizer.save_pretrained(folder)
+        with saving_to(folder):
+            inner.save_pretrained(folder, state_dict=weights, **options)
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card would replace the user's own
+            tokenizer.save_pretrained(folder)
 
 
 def finish(folder, run, accelerator, trained, token_ids, labels):

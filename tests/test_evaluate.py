@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -272,14 +273,23 @@ def test_checkpoint_from_a_stranger_runs_no_code(lora_checkpoint, tmp_path, caps
     assert not sprung.exists()
 
 
-def test_read_only_checkpoint_writes_elsewhere(lora_checkpoint, tmp_path, monkeypatch):
-    """As under /kaggle/input: the results go to the working directory."""
-    monkeypatch.setattr(evaluate.os, "access", lambda path, mode: False)  # root could write anywhere
-    monkeypatch.chdir(tmp_path)
-    before = sorted(path.name for path in lora_checkpoint.iterdir())
-    evaluate.main(["--ckpt", str(lora_checkpoint)])
-    assert (tmp_path / "eval-test.json").exists()
-    assert sorted(path.name for path in lora_checkpoint.iterdir()) == before
+def test_read_only_checkpoint_writes_elsewhere(lora_checkpoint, tmp_path, monkeypatch, capsys):
+    """As under /kaggle/input: it is evaluated, the results go to the working directory; training there is refused."""
+    disk = tmp_path / "input"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        shutil.copytree(lora_checkpoint, disk / "ckpt")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        monkeypatch.chdir(tmp_path)
+        evaluate.main(["--ckpt", str(disk / "ckpt")])
+        assert (tmp_path / "eval-test.json").exists()
+        with pytest.raises(SystemExit) as stopped:
+            train.main(["--model", str(TINY), "--data", str(SAMPLE), "--output_dir", str(disk / "ckpt")])
+        assert stopped.value.code == 2 and "Read-only file system" in capsys.readouterr().err
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_as_a_script(lora_checkpoint):

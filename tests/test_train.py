@@ -243,6 +243,34 @@ def test_scaler_skips_are_counted_and_other_overflows_stop():
         history.read(accelerator)
 
 
+@pytest.mark.parametrize(
+    ("size", "more"), [("300k", []), ("300k", ["--save_steps", "0"]), ("1600k", ["--epochs", "3"])]
+)
+def test_full_disk(size, more, small_data, tmp_path, capsys):
+    """Room is checked before training; where it runs out all the same, one line says so and the state is kept."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        argv = arguments(small_data, disk / "out", "--lora", "--epochs", "1", *more)
+        if more[:1] == ["--epochs"]:
+            (disk / "filler").write_bytes(b"0" * 700_000)  # enough for the state, not for the tokenizer as well
+        with pytest.raises(SystemExit) as stopped:
+            train.main(argv)
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert stopped.value.code == 2 and line.startswith("error: ")
+        assert ("no room in" if not more else "cannot save to") in line
+        assert not (disk / "out" / "run.json").exists()
+        if more[:1] == ["--epochs"]:
+            (disk / "filler").unlink()
+            train.main([*argv, "--resume"])
+            assert (disk / "out" / "run.json").exists()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
 # ---- division of the work -------------------------------------------------------------------------
 
 
