@@ -78,8 +78,13 @@ def one_line_errors(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
+        if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+            sys.stdout.reconfigure(errors="backslashreplace")  # a console or pipe may lack some characters
         try:
             return main(argv)
+        except torch.OutOfMemoryError:
+            print("error: out of GPU memory: lower --max_length, or free some", file=sys.stderr)
+            sys.exit(2)
         except (InputError, OSError) as error:
             print("error:", " ".join(str(error).split()), file=sys.stderr)
             sys.exit(2)

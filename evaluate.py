@@ -2,11 +2,12 @@
 
     python evaluate.py --ckpt out/demo                               # the run's own test part: report and files
     python evaluate.py --ckpt out/demo --text "总之，建议您咨询专业人士。"     # label and probability of one text
-    python evaluate.py --ckpt out/demo --data tests/sample.jsonl     # other subsets or files, one by one
+    python evaluate.py --ckpt out/demo --data law finance            # other subsets or files, one by one
 
-Each takes seconds with the tiny base of the demo. `run.json` in the checkpoint says what else is needed: the base
-model, the data, the split and its hash, max_length, temperature and threshold. Written to the checkpoint's folder (or
---output_dir): eval-<name>.json, predictions-<name>.jsonl, and report-<name>.png where matplotlib is installed.
+The first two take seconds with the tiny base of the demo; the third downloads two subsets once. `run.json` in the
+checkpoint says what else is needed: base model, data, split and its hash, max_length, temperature and threshold.
+Written to the checkpoint's folder (or --output_dir): eval-<name>.json, predictions-<name>.jsonl, and with matplotlib
+report-<name>.png.
 
     python evaluate.py --compare out/a/predictions-test.jsonl out/b/predictions-test.jsonl        # are they different?
 """
@@ -149,7 +150,9 @@ def predict(model, token_ids, device, description="evaluate", process=0, process
     Of several processes each scores every so-many-th row, all run the model equally often (DDP and FSDP want that), and
     all get the whole result. The rows, and so the logits, do not depend on the number of processes.
     """
-    rows = list(rows_of(token_ids, 16384 if device.type == "cuda" else 1024))  # tokens; a CPU's cache holds about 1,024
+    rows = list(
+        rows_of(token_ids, 16384 if device.type == "cuda" else 1024)
+    )  # tokens; on a CPU longer rows gain nothing
     scored = []
     was_training = model.training
     model.eval()

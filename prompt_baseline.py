@@ -50,7 +50,7 @@ def parse_args(argv=None):
         help="divide logprob's probabilities by their mean on "
         "validation texts, which takes out the model's liking for one word",
     )
-    parser.add_argument("--max_new_tokens", type=data.number(int, 1), default=8, help="length of a reply")
+    parser.add_argument("--max_new_tokens", type=data.number(int, 1), default=32, help="length of a reply at most")
     parser.add_argument("--batch_size", type=data.number(int, 1), default=8, help="prompts at a time")
     parser.add_argument("--replay", metavar="FILE", help="score this replies.jsonl, without a model")
     parser.add_argument("--output_dir", type=data.folder, default=Path("out/prompt"), help="folder for the results")
@@ -79,7 +79,7 @@ def question_examples(records, questions):
 def parse_reply(reply):
     """The class that a reply names, or None where it names both or neither. Never raises.
 
-    Case, width, punctuation and the sentence around the name do not matter.
+    Case, width, punctuation and the sentence around the name do not matter; a negation is not understood.
     """
     plain = unicodedata.normalize("NFKC", reply).lower()
     named = [label for label, pattern in NAMES.items() if re.search(pattern, plain)]

@@ -5,10 +5,11 @@
     accelerate launch train.py --lora --model tests/tiny-qwen --data tests/sample.jsonl --output_dir out/demo
 
 The first two download the model (1.2 GB) and the data once; the third is offline and takes seconds on two CPU cores.
-Each leaves a checkpoint that `python evaluate.py --ckpt <output_dir>` needs nothing else for.
+Each leaves a checkpoint that tells `python evaluate.py --ckpt <output_dir>` where base model and data come from.
 
 A step is a pure function of (seed, step): which texts it sees and its random numbers follow from these two alone. So a
-resumed run equals an uninterrupted one, accumulated micro-batches equal one large batch, two processes equal one.
+resumed run equals an uninterrupted one; and without dropout, whose masks differ, accumulated micro-batches equal one
+large batch and two processes equal one, up to rounding.
 """
 
 import contextlib
@@ -109,7 +110,7 @@ class Schedule:
 
 
 class History:
-    """What happened in a run: `steps`, a [loss, gradient norm, skipped by the fp16 scaler] each; `epochs`, table rows.
+    """What happened in a run: `steps`, a [loss, gradient norm] each; `epochs`, the table's rows.
 
     Steps wait on the device in `pending` until `read` fetches them, so that a step need not wait for its result.
     """
@@ -127,16 +128,18 @@ class History:
         table = torch.stack([*self.pending, torch.full_like(self.pending[0], float(stop))])
         *rows, stops = accelerator.reduce(table, "sum").tolist()
         self.pending.clear()
-        for loss, norm, skipped in rows:  # a process has its share of the loss, but the others are the same on each
-            norm, skipped = norm / accelerator.num_processes, skipped / accelerator.num_processes
-            if not math.isfinite(loss) or not (skipped or math.isfinite(norm)):
+        for loss, norm in rows:
+            norm /= accelerator.num_processes  # a process has its share of the loss, but the same norm as the others
+            if not math.isfinite(loss) or not (
+                accelerator.scaler or math.isfinite(norm)
+            ):  # the fp16 scaler skips those
                 step = len(self.steps)
                 raise InputError(
                     f"step {step + 1} gave loss {loss} and gradient norm {norm} on the training texts "
                     f"{self.schedule.texts_of(step)}: lower --learning_rate, or use --mixed_precision no; state that "
                     "was saved before is kept for --resume"
                 )
-            self.steps.append([loss, norm, skipped])
+            self.steps.append([loss, norm])
         return stops[0] > 0
 
     def log_lines(self, done):
@@ -147,10 +150,10 @@ class History:
             lines.append(
                 {
                     "step": done,
-                    "loss": sum(loss for loss, _, _ in recent) / LOG_EVERY,
-                    "grad_norm": recent[-1][1],
+                    "loss": sum(loss for loss, _ in recent) / LOG_EVERY,
+                    "grad_norm": recent[-1][1] if math.isfinite(recent[-1][1]) else None,
                     "learning_rate": self.schedule.rate_of(done),
-                    "skipped_steps": int(sum(skipped for _, _, skipped in recent)),
+                    "skipped_steps": sum(not math.isfinite(norm) for _, norm in recent),
                 }
             )
         if done % self.schedule.steps_per_epoch == 0:
@@ -160,7 +163,7 @@ class History:
     def add_epoch(self, labels, logits):
         """Add and return the row of the epoch that ends here: validation `labels` (n,) and `logits` (n, classes)."""
         per_epoch = self.schedule.steps_per_epoch
-        losses = [loss for loss, _, _ in self.steps[-per_epoch:]]
+        losses = [loss for loss, _ in self.steps[-per_epoch:]]
         sizes = [len(self.schedule.texts_of(step)) for step in range(per_epoch)]
         row = {
             "epoch": len(self.epochs) + 1,
@@ -242,40 +245,47 @@ def build_model(args, folder, tokenizer, precision):
 # ---- one step ------------------------------------------------------------------------------------
 
 
-def forward_backward(accelerator, model, token_ids, labels, texts, seed, micro_size, may_halve):
+def accumulate(accelerator, model, token_ids, labels, texts, micro_size):
     """Add the gradient of the mean loss over `texts`, the step's texts over all processes, in micro-batches.
 
-    Returns this process's share of that mean, a 0-dim tensor on the device, and the micro-batch size, halved as often
-    as memory ran out if it `may_halve`. Exact for any division of the work: each loss is a sum x processes / texts in
-    the step (DDP averages over processes); gradients are exchanged with the last micro-batch alone; and every process
-    runs as many micro-batches, if need be for an empty share.
+    Returns this process's share of that mean, a 0-dim tensor on the device. Exact for any division of the work: each
+    loss is a sum x processes / texts in the step (DDP averages over processes); gradients are exchanged with the last
+    micro-batch alone; and every process runs as many micro-batches, if need be for an empty share.
     """
-    torch.manual_seed(seed)
     total = torch.zeros((), device=accelerator.device)
     micro_batches = [texts[i : i + micro_size] for i in range(0, len(texts), micro_size)]
-    try:
-        for micro_batch in micro_batches:
-            mine = micro_batch[accelerator.process_index :: accelerator.num_processes]
-            rows = mine or micro_batch[:1]  # an empty share runs one text with weight 0
-            last = micro_batch is micro_batches[-1]
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                logits = model(**data.pack([token_ids[i] for i in rows], accelerator.device))  # (rows, classes)
-                targets = torch.tensor([labels[i] for i in rows], device=accelerator.device)
-                losses = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-                loss = losses / len(texts) * bool(mine)
-                accelerator.backward(loss * accelerator.num_processes)
-            total += loss.detach()
-        return total, micro_size
-    except torch.OutOfMemoryError:
-        if not may_halve or micro_size == 1:
-            raise InputError(
-                f"out of memory with {micro_size} texts at once: lower --batch_size and raise "
-                "--gradient_accumulation_steps, or try --auto_batch_size, --gradient_checkpointing or --lora"
-            ) from None
-    model.zero_grad()  # drop what the failed attempt had added; out here, where its tensors are free
-    micro_size = math.ceil(micro_size / 2)
-    tqdm.write(f"out of memory: going on with micro-batches of {micro_size}, still {len(texts)} texts a step")
-    return forward_backward(accelerator, model, token_ids, labels, texts, seed, micro_size, may_halve)
+    for micro_batch in micro_batches:
+        mine = micro_batch[accelerator.process_index :: accelerator.num_processes]
+        rows = mine or micro_batch[:1]  # an empty share runs one text with weight 0
+        batch = data.pack([token_ids[i] for i in rows], accelerator.device)
+        targets = torch.tensor([labels[i] for i in rows]).to(accelerator.device, non_blocking=True)  # (rows,)
+        last = micro_batch is micro_batches[-1]
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            losses = torch.nn.functional.cross_entropy(model(**batch), targets, reduction="sum")
+            loss = losses / len(texts) * bool(mine)
+            accelerator.backward(loss * accelerator.num_processes)
+        total += loss.detach()
+    return total
+
+
+def forward_backward(accelerator, model, token_ids, labels, texts, seed, micro_size, may_halve):
+    """`accumulate`, with the step's random numbers; returns (loss, micro-batch size).
+
+    The size is halved as often as memory runs out, if it `may_halve`; otherwise that raises InputError.
+    """
+    while True:
+        torch.manual_seed(seed)
+        try:
+            return accumulate(accelerator, model, token_ids, labels, texts, micro_size), micro_size
+        except torch.OutOfMemoryError:
+            if not may_halve or micro_size == 1:
+                raise InputError(
+                    f"out of memory with {micro_size} texts at once: lower --batch_size and raise "
+                    "--gradient_accumulation_steps, or try --auto_batch_size, --gradient_checkpointing or --lora"
+                ) from None
+        model.zero_grad()  # out here, where the tensors of the failed attempt are free
+        micro_size = math.ceil(micro_size / 2)
+        tqdm.write(f"out of memory: going on with micro-batches of {micro_size}, still {len(texts)} texts a step")
 
 
 # ---- the output folder ---------------------------------------------------------------------------
@@ -317,7 +327,8 @@ def prepared_output(args, accelerator):
         yield None if finished else unfinished
     finally:
         if lock.is_locked:
-            (output_dir / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # Windows does not remove an open file
+                (output_dir / ".lock").unlink()
             lock.release()
             if made and not any(output_dir.iterdir()):  # the run was refused before it wrote anything
                 output_dir.rmdir()
@@ -325,7 +336,7 @@ def prepared_output(args, accelerator):
 
 def deciding(arguments):
     """Of a run's arguments (dict) those that decide what is learned."""
-    others = ("output_dir", "save_steps", "resume", "overwrite")
+    others = ("output_dir", "save_steps", "resume", "overwrite", "auto_batch_size", "gradient_checkpointing", "hub")
     return {name: value for name, value in arguments.items() if name not in others}
 
 
@@ -483,7 +494,9 @@ def check_processes(accelerator, args):
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         print("warning: one process alone; if more were launched, see 'Two processes' in README", file=sys.stderr)
     if args.batch_size < processes:
-        raise InputError(f"--batch_size {args.batch_size} is counted over all {processes} processes: it must be higher")
+        raise InputError(f"--batch_size {args.batch_size} is counted over all processes: give at least {processes}")
+    if args.auto_batch_size and processes > 1:
+        raise InputError("--auto_batch_size works with one process only: lower --batch_size instead")
 
 
 @data.one_line_errors
@@ -545,11 +558,14 @@ def train(args, accelerator, precision, folder, records, unfinished):
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # ---- resume
-    history, micro_size, state_path = History(schedule), args.batch_size, unfinished / "state.pt"
-    arguments = deciding(vars(args)) | {"data_sha256": data.hash_examples(parts["train"])}
+    history, micro_size, seconds_before = History(schedule), args.batch_size, 0.0
+    state_path = unfinished / "state.pt"
+    decided = {"mixed_precision": accelerator.mixed_precision, "data_sha256": data.hash_examples(parts["train"])}
+    arguments = deciding(vars(args)) | decided
     if args.resume and state_path.is_file():
         state = load_state(state_path, accelerator, model, optimizer, arguments)
-        history, micro_size = History(schedule, state["steps"], state["epochs"]), state["micro_size"]
+        history = History(schedule, state["steps"], state["epochs"])
+        micro_size, seconds_before = state["micro_size"], state["seconds"]
     first_step = len(history.steps)
     if is_main:  # nothing was written up to here: a command that is refused leaves everything as it was
         if not args.resume:
@@ -563,9 +579,10 @@ def train(args, accelerator, precision, folder, records, unfinished):
     saves = args.save_steps != 0
     if saves and is_main:
         check_room(unfinished, trainable)
-    may_halve = args.auto_batch_size and accelerator.num_processes == 1
     model.train()
     started = time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     steps = range(first_step, schedule.total_steps)
     bar = tqdm(steps, "train", schedule.total_steps, initial=first_step, disable=not is_main)
     with deferred_signals() as signals:
@@ -573,16 +590,14 @@ def train(args, accelerator, precision, folder, records, unfinished):
             # ---- forward, backward
             seed = schedule.seed_of(step, accelerator.process_index)
             batch = token_ids["train"], labels["train"], schedule.texts_of(step), seed
-            loss, micro_size = forward_backward(accelerator, model, *batch, micro_size, may_halve)
+            loss, micro_size = forward_backward(accelerator, model, *batch, micro_size, args.auto_batch_size)
 
             # ---- step
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.rate_of(step)
+            optimizer.param_groups[0]["lr"] = schedule.rate_of(step)
             norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            skipped = loss.new_full((), float(accelerator.optimizer_step_was_skipped))
-            history.pending.append(torch.stack([loss, norm.to(loss), skipped]))
+            history.pending.append(torch.stack([loss, norm.to(loss)]))
 
             # ---- log
             done = step + 1
@@ -610,20 +625,27 @@ def train(args, accelerator, precision, folder, records, unfinished):
             # ---- save, stop
             if saves and (stop or at_epoch_end or (args.save_steps and done % args.save_steps == 0)):
                 history.read(accelerator)
-                values = {"steps": history.steps, "epochs": history.epochs, "micro_size": micro_size}
+                seconds = seconds_before + time.perf_counter() - started
+                values = {
+                    "steps": history.steps,
+                    "epochs": history.epochs,
+                    "micro_size": micro_size,
+                    "seconds": seconds,
+                }
                 save_state(state_path, accelerator, model, optimizer, values | {"arguments": arguments})
             if stop:
                 bar.close()
                 how = "the same command with --resume goes on" if saves else "nothing is saved with --save_steps 0"
                 print(f"stopped after step {done} of {schedule.total_steps}: {how}", file=sys.stderr)
                 sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
-    seconds, peak = time.perf_counter() - started, peak_memory_gib(device)
+    seconds, peak = seconds_before + time.perf_counter() - started, peak_memory_gib(device)
 
     # ---- save the checkpoint
     save_checkpoint(unfinished, accelerator, model, tokenizer)
     trained = evaluate.predict(model, token_ids["validation"], device, "validation", **shared)
     del model, optimizer, trainable  # room for the copy that is loaded
     accelerator.free_memory()
+    accelerator.free_memory()  # the first collects garbage before it drops its own references, the second after
     if is_main:
         run = {
             "model": args.model,

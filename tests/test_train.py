@@ -1,11 +1,13 @@
 """What is learned depends on the arguments alone, and not on interruptions, processes or micro-batches."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -228,17 +230,28 @@ def test_two_runs_into_one_folder(small_data, tmp_path, capsys):
 
 
 def test_scaler_skips_are_counted_and_other_overflows_stop():
-    """A gradient that is not finite is the fp16 scaler's business if it skipped the step, and otherwise an error."""
-    history = train.History(
-        train.Schedule(texts=40, step_size=2, epochs=1, seed=0, learning_rate=1.0, warmup_ratio=0.0)
-    )
+    """A gradient that is not finite is the fp16 scaler's business, which skips that step, and otherwise an error."""
+    schedule = train.Schedule(texts=40, step_size=2, epochs=1, seed=0, learning_rate=1.0, warmup_ratio=0.0)
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = torch.optim.AdamW([weight], fused=True), torch.amp.GradScaler("cpu")
     accelerator = train.Accelerator()
+    history = train.History(schedule)
     for step in range(10):
-        norm, skipped = (float("inf"), 1.0) if step == 3 else (1.0, 0.0)
-        history.pending.append(torch.tensor([0.5, norm, skipped]))
+        before = weight.detach().clone()
+        scaler.scale(weight.sum() * (float("inf") if step == 3 else 1.0)).backward()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_([weight], 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(before, weight) == (step == 3)
+        history.pending.append(torch.stack([torch.tensor(0.5), norm]))
+    accelerator.scaler = scaler
     history.read(accelerator)
-    assert json.loads(history.log_lines(10))["skipped_steps"] == 1
-    history.pending.append(torch.tensor([0.5, float("inf"), 0.0]))
+    line = json.loads(history.log_lines(10))
+    assert line["skipped_steps"] == 1 and math.isfinite(line["grad_norm"])
+    accelerator.scaler = None
+    history.pending.append(torch.tensor([0.5, float("inf")]))
     with pytest.raises(data.InputError, match=r"step 11 gave loss 0\.5 and gradient norm inf"):
         history.read(accelerator)
 
@@ -387,9 +400,18 @@ def test_out_of_memory_halves_the_micro_batch(small_data, tmp_path, monkeypatch,
     forward = data.PackedClassifier.forward
 
     def small_memory(self, input_ids, position_ids, last_tokens, lengths):
-        if self.training and len(lengths) > 5:
-            raise torch.OutOfMemoryError("too many texts for this test")
-        return forward(self, input_ids, position_ids, last_tokens, lengths)
+        logits = forward(self, input_ids, position_ids, last_tokens, lengths)
+        if self.training and len(lengths) > 5:  # as on a GPU, in the backward pass
+            logits.register_hook(out_of_memory)
+            held.append(weakref.ref(logits))
+        elif self.training:
+            assert all(logits() is None for logits in held), "the failed attempt must be gone before the next"
+        return logits
+
+    def out_of_memory(gradient):
+        raise torch.OutOfMemoryError("too many texts for this test")
+
+    held = []
 
     monkeypatch.setattr(data.PackedClassifier, "forward", small_memory)
     train.main(arguments(small_data, tmp_path / "halved", *argv, "--auto_batch_size"))
