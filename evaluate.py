@@ -150,9 +150,7 @@ def predict(model, token_ids, device, description="evaluate", process=0, process
     Of several processes each scores every so-many-th row, all run the model equally often (DDP and FSDP want that), and
     all get the whole result. The rows, and so the logits, do not depend on the number of processes.
     """
-    rows = list(
-        rows_of(token_ids, 16384 if device.type == "cuda" else 1024)
-    )  # tokens; on a CPU longer rows gain nothing
+    rows = list(rows_of(token_ids, 16384 if device.type == "cuda" else 1024))
     scored = []
     was_training = model.training
     model.eval()

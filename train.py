@@ -130,9 +130,8 @@ class History:
         self.pending.clear()
         for loss, norm in rows:
             norm /= accelerator.num_processes  # a process has its share of the loss, but the same norm as the others
-            if not math.isfinite(loss) or not (
-                accelerator.scaler or math.isfinite(norm)
-            ):  # the fp16 scaler skips those
+            skipped = accelerator.scaler and not math.isfinite(norm)  # as the fp16 scaler does with such a step
+            if not math.isfinite(loss) or not (skipped or math.isfinite(norm)):
                 step = len(self.steps)
                 raise InputError(
                     f"step {step + 1} gave loss {loss} and gradient norm {norm} on the training texts "
@@ -626,13 +625,9 @@ def train(args, accelerator, precision, folder, records, unfinished):
             if saves and (stop or at_epoch_end or (args.save_steps and done % args.save_steps == 0)):
                 history.read(accelerator)
                 seconds = seconds_before + time.perf_counter() - started
-                values = {
-                    "steps": history.steps,
-                    "epochs": history.epochs,
-                    "micro_size": micro_size,
-                    "seconds": seconds,
-                }
-                save_state(state_path, accelerator, model, optimizer, values | {"arguments": arguments})
+                values = {"steps": history.steps, "epochs": history.epochs, "micro_size": micro_size}
+                values |= {"seconds": seconds, "arguments": arguments}
+                save_state(state_path, accelerator, model, optimizer, values)
             if stop:
                 bar.close()
                 how = "the same command with --resume goes on" if saves else "nothing is saved with --save_steps 0"
