@@ -4,7 +4,7 @@
     python prompt_baseline.py --replay tests/seed_replies.jsonl   # score replies given before, without a model
     python prompt_baseline.py --model tests/tiny-qwen --ckpt out/demo --method logprob   # on a checkpoint's test texts
 
-The first downloads 3.7 GB once; the second takes seconds, and gives the published 26/60. The third shows the path
+The first downloads the model once; the second takes seconds, and gives the published 26/60. The third shows the path
 offline: the tiny base cannot chat, so its figure means nothing. Written to --output_dir: replies.jsonl (--replay reads
 it) and predictions-prompt.jsonl (`evaluate.py --compare` reads it).
 """

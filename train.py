@@ -4,7 +4,7 @@
     accelerate launch train.py --output_dir out/full     # the same, training every weight
     accelerate launch train.py --lora --model tests/tiny-qwen --data tests/sample.jsonl --output_dir out/demo
 
-The first two download the model (1.2 GB) and the data once; the third is offline and takes seconds on two CPU cores.
+The first two download the model and the data once; the third is offline and takes half a minute on two CPU cores.
 Each leaves a checkpoint that tells `python evaluate.py --ckpt <output_dir>` where base model and data come from.
 
 A step is a pure function of (seed, step): which texts it sees and its random numbers follow from these two alone. So a

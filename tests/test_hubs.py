@@ -178,6 +178,7 @@ class Hubs:
             "MODELSCOPE_CACHE": str(folder / "modelscope"),
             "MODELSCOPE_HOME": str(folder / "modelscope-home"),
         }
+        self.table = []  # of each call, by the case that made it: written when the tests are through
         self.process = subprocess.Popen(
             [sys.executable, "-c", CALLER, str(ROOT)],
             env=env | PATIENCE,
@@ -200,6 +201,9 @@ class Hubs:
         answer = json.loads(line)
         print(function, *arguments, answer)  # pytest shows it where a test fails
         assert "seconds" in answer, f"no result after {BOUND} s"
+        case = os.environ["PYTEST_CURRENT_TEST"].partition("::")[2].removesuffix(" (call)")
+        outcome = answer.get("message") or Path(answer.get("returned") or "printed").name
+        self.table.append(f"| {case} | {' '.join(outcome.split())} | {answer['seconds']:.2f} |")
         return answer
 
     def requests(self):
@@ -210,6 +214,9 @@ class Hubs:
 def hubs(tmp_path_factory):
     hubs = Hubs(tmp_path_factory.mktemp("hubs"))
     yield hubs
+    text = "\n".join(["| case | outcome | seconds |", "|---|---|---|", *hubs.table, ""])
+    (tmp_path_factory.getbasetemp() / "hub_faults.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}")
     hubs.process.stdin.close()
     hubs.process.wait(10)
     hubs.set("down", "down")
