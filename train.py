@@ -14,6 +14,7 @@ large batch and two processes equal one, up to rounding.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -72,6 +73,12 @@ def parse_args(argv=None):
 # ---- what a step is: pure functions of (seed, step) ----------------------------------------------
 
 
+@functools.lru_cache(maxsize=2)  # so that a step need not shuffle a whole epoch anew
+def order_of(seed, epoch, texts):
+    """The order (list of int) in which an epoch sees range(texts)."""
+    return np.random.default_rng([seed, epoch]).permutation(texts).tolist()
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """Which texts each step sees, and at what learning rate: `texts` texts in steps of `step_size`."""
@@ -94,8 +101,8 @@ class Schedule:
     def texts_of(self, step):
         """Indices of a step's texts over all processes (list of int); an epoch's last step takes what is left."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.texts)
-        return order[position * self.step_size : (position + 1) * self.step_size].tolist()
+        order = order_of(self.seed, epoch, self.texts)
+        return order[position * self.step_size : (position + 1) * self.step_size]
 
     def rate_of(self, step):
         """Linear from 0 to the peak while warming up, then to 0: transformers' get_linear_schedule_with_warmup."""
@@ -320,7 +327,7 @@ def prepared_output(args, accelerator):
         accelerator.wait_for_everyone()
         finished = args.resume and not unfinished.exists() and (output_dir / "run.json").exists()
         if finished:
-            was = evaluate.read_run(output_dir).get("arguments", {})
+            was = evaluate.read_run(output_dir)["arguments"]
             finished = deciding(was) == deciding(vars(args))
         accelerator.wait_for_everyone()
         yield None if finished else unfinished
@@ -582,6 +589,7 @@ def train(args, accelerator, precision, folder, records, unfinished):
     started = time.perf_counter()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    logits = None  # of the validation part, at the last epoch's end
     steps = range(first_step, schedule.total_steps)
     bar = tqdm(steps, "train", schedule.total_steps, initial=first_step, disable=not is_main)
     with deferred_signals() as signals:
@@ -637,7 +645,8 @@ def train(args, accelerator, precision, folder, records, unfinished):
 
     # ---- save the checkpoint
     save_checkpoint(unfinished, accelerator, model, tokenizer)
-    trained = evaluate.predict(model, token_ids["validation"], device, "validation", **shared)
+    if logits is None:  # resumed after the last step
+        logits = evaluate.predict(model, token_ids["validation"], device, "validation", **shared)
     del model, optimizer, trainable  # room for the copy that is loaded
     accelerator.free_memory()
     accelerator.free_memory()  # the first collects garbage before it drops its own references, the second after
@@ -665,7 +674,7 @@ def train(args, accelerator, precision, folder, records, unfinished):
             "peak_memory_gib": peak,
             "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "numpy")},
         }
-        finish(unfinished, run, accelerator, trained, token_ids["validation"], labels["validation"])
+        finish(unfinished, run, accelerator, logits, token_ids["validation"], labels["validation"])
         with contextlib.suppress(ImportError):  # matplotlib is optional
             plot_curves(unfinished)
         move_up(unfinished)
