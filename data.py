@@ -13,8 +13,10 @@ set, no token is wasted, and a text's logits do not depend on its neighbours.
 
 import argparse
 import contextlib
+import csv
 import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -26,9 +28,19 @@ from pathlib import Path
 import torch
 import transformers  # lazy: what it offers is imported at its first use
 
+try:  # in releases of torch that have windows and grouped queries in it
+    from torch.nn.attention.varlen import varlen_attn
+
+    if "window_size" not in inspect.signature(varlen_attn).parameters:
+        varlen_attn = None
+except ImportError:
+    varlen_attn = None
+
 SUBSETS = ("baike", "open_qa", "nlpcc_dbqa", "finance", "medicine", "law", "psychology")
-LABELS = ("human", "chatgpt")  # label 0, label 1
-FIELDS = ("question", "human_answers", "chatgpt_answers")
+ANSWERS = {"human": "human_answers", "chatgpt": "chatgpt_answers"}  # HC3's fields
+LABELS = tuple(ANSWERS)  # label 0, label 1; your own task has its own
+FIELDS = ("question", *ANSWERS.values())
+EXPECTED = f"{', '.join(FIELDS)} (HC3) or text, label (your own)"  # what an error message asks for
 PARTS = ("train", "validation", "test")
 PROTOCOLS = ("seed", "strict")  # see split_examples
 SPLIT_SEED = 233  # of the published results; the split never follows --seed, so that runs differ by training alone
@@ -85,6 +97,9 @@ def one_line_errors(main):
         except torch.OutOfMemoryError:
             print("error: out of GPU memory: lower --max_length, or free some", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
         except (InputError, OSError) as error:
             print("error:", " ".join(str(error).split()), file=sys.stderr)
             sys.exit(2)
@@ -170,34 +185,73 @@ def fetch_subset(name):
     )
 
 
-def read_records(path):
-    """Yield the records of one HC3 `.jsonl` file; raise InputError with the line's number where one is broken."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # not splitlines: U+2028 may stand in a string
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
-    for line_number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {line_number}"
+def read_rows(path):
+    """Yield (line number, row) of a `.jsonl` or `.csv` file, one at a time, so that a file of any size can be read.
+
+    A row is a dict, None for an empty line, or a str that says what is wrong with the line.
+    """
+    if Path(path).suffix.lower() != ".csv":
+        with open(path, "rb") as file:  # as bytes, which end a line at \n alone: U+2028 may stand in a JSON string
+            for number, line in enumerate(file, 1):
+                yield number, parse_json(line)
+        return
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = csv.DictReader(file)
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", error)  # without JSON's own line number, which is always 1
-            raise InputError(f"{where} is not JSON ({reason}): one object a line is expected") from None
-        if not isinstance(record, dict) or any(field not in record for field in FIELDS):
-            found = type(record).__name__
-            if isinstance(record, dict):
-                found = f"fields {', '.join(map(repr, record)) or 'none'}"
-            raise InputError(f"{where} has {found}, not an object with {', '.join(FIELDS)}")
-        if not isinstance(record["question"], str):
+            for row in rows:
+                if None in row or None in row.values():
+                    row = f"has not the {len(rows.fieldnames)} fields of the header: quote texts that hold commas"
+                elif any("\udc80" <= character <= "\udcff" for character in "".join(row.values())):
+                    row = "is not UTF-8: save the file as UTF-8"
+                yield rows.line_num, row
+        except csv.Error as error:
+            raise InputError(f"{path}, line {rows.line_num} is not CSV ({error}): is a quote never closed?") from None
+
+
+def parse_json(line):
+    """The row of a line (bytes), as `read_rows` yields it."""
+    try:
+        text = line.decode("utf-8-sig")
+        row = json.loads(text) if text.strip() else None
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 ({error.reason} at byte {error.start}): save the file as UTF-8"
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", error)  # without JSON's own line number, which is always 1
+        return f"is not JSON ({reason}): one object a line is expected"
+    return row if row is None or isinstance(row, dict) else f"has {type(row).__name__}, not an object with {EXPECTED}"
+
+
+def read_records(path):
+    """Yield the records of a file: HC3's (`question`, `human_answers`, `chatgpt_answers`) or yours (`text`, `label`).
+
+    Where your own rows have a `question`, those with the same one belong together; else each text stands for itself.
+    Raises InputError with the line's number where one is broken.
+    """
+    for line_number, row in read_rows(path):
+        where = f"{path}, line {line_number}"
+        if row is None:
+            continue
+        if isinstance(row, str):
+            raise InputError(f"{where} {row}")
+        if "text" in row and "label" in row:
+            text, label = row["text"], row["label"]
+            own = {"text": text, "label": str(label), "question": row.get("question") or text}
+            if not isinstance(label, str | int) or not own["label"].strip():
+                raise InputError(f"{where}: label is neither a name nor a whole number")
+            if wrong := [name for name, value in own.items() if not isinstance(value, str)]:
+                raise InputError(f"{where}: {wrong[0]} is not a string")
+            yield {name: valid_unicode(value) for name, value in own.items()}
+            continue
+        if any(field not in row for field in FIELDS):
+            raise InputError(f"{where} has fields {', '.join(map(repr, row)) or 'none'}, not {EXPECTED}")
+        if not isinstance(row["question"], str):
             raise InputError(f"{where}: question is not a string")
         for field in FIELDS[1:]:
-            answers = [] if record[field] is None else record[field]
+            answers = [] if row[field] is None else row[field]
             if not isinstance(answers, list) or not all(a is None or isinstance(a, str) for a in answers):
                 raise InputError(f"{where}: {field} is not a list of strings")
-            record[field] = [None if a is None else valid_unicode(a) for a in answers]
-        yield {field: record[field] for field in FIELDS} | {"question": valid_unicode(record["question"])}
+            row[field] = [None if a is None else valid_unicode(a) for a in answers]
+        yield {field: row[field] for field in FIELDS} | {"question": valid_unicode(row["question"])}
 
 
 def valid_unicode(text):
@@ -208,21 +262,22 @@ def valid_unicode(text):
 def load_hc3(sources):
     """Records of one or more sources, in order.
 
-    `sources`: names of HC3-Chinese subsets, "all" for every one of them, or paths of local `.jsonl` files of the same
-    form. Returns a list of dicts: `id` (the row's number within its source, as a string), `question`, `human_answers`,
-    `chatgpt_answers` (lists of str or None) and `subset` (the subset's or the file's name). Raises InputError.
+    `sources`: names of HC3-Chinese subsets, "all" for every one of them, or paths of local `.jsonl` or `.csv` files.
+    Returns a list of dicts: `id` (the row's number within its source, as a string), `subset` (the subset's or the
+    file's name) and what `read_records` yields: `question`, `human_answers`, `chatgpt_answers` (lists of str or None),
+    or `text`, `label`, `question`. Raises InputError.
     """
     records = []
     for source in (name for given in sources for name in (SUBSETS if given == "all" else (given,))):
         path = fetch_subset(source) if source in SUBSETS else Path(source)
         if path.is_dir():
-            raise InputError(f"{source!r} is a folder: give the .jsonl files in it")
+            raise InputError(f"{source!r} is a folder: give the .jsonl or .csv files in it")
         if not path.is_file():
             raise InputError(f"no file {source!r}, and the subsets are {', '.join(SUBSETS)}, all")
         subset = source if source in SUBSETS else path.stem
         rows = [{"id": str(i), **record, "subset": subset} for i, record in enumerate(read_records(path))]
         if not rows:
-            raise InputError(f"{source} is empty: one JSON object a line with {', '.join(FIELDS)} is expected")
+            raise InputError(f"{source} is empty: rows with {EXPECTED} are expected")
         records += rows
     return records
 
@@ -239,23 +294,36 @@ def normalise(text):
     return re.sub(r"(?:\\n|\s)+", " ", unicodedata.normalize("NFC", text)).strip()
 
 
-def make_examples(records, protocol="seed"):
-    """The first non-empty answer of each kind as one example; returns (examples, number of answers missing).
+def class_names(records):
+    """The labels of these records: LABELS where there are no others, else all that occur, sorted."""
+    names = {record["label"] for record in records if "label" in record}
+    names |= set(LABELS) if any("label" not in record for record in records) else set()
+    if names <= set(LABELS):
+        return LABELS
+    return tuple(sorted(names, key=int if all(name.isdecimal() for name in names) else None))
 
-    An example is a dict of `text`, `label` (index into LABELS), `question` and `subset`. Records with both answers
-    give rows 2i (human) and 2i + 1 (ChatGPT).
+
+def make_examples(records, protocol="seed", labels=LABELS):
+    """The first non-empty answer of each kind as one example, or your own text; returns (examples, number missing).
+
+    An example is a dict of `text`, `label` (index into `labels`), `question` and `subset`. HC3's records with both
+    answers give rows 2i (human) and 2i + 1 (ChatGPT). Raises InputError where a label is none of `labels`.
     """
-    examples, missing = [], 0
+    examples, missing, index_of = [], 0, {label: index for index, label in enumerate(labels)}
     for record in records:
-        for label, field in enumerate(FIELDS[1:]):
-            answers = (a if protocol == "seed" else normalise(a) for a in record[field] if a)
+        hc3 = "label" not in record
+        given = {k: record[field] for k, field in ANSWERS.items()} if hc3 else {record["label"]: [record["text"]]}
+        for label, answers in given.items():
+            if label not in index_of:
+                source, known = record["subset"], ", ".join(labels)
+                raise InputError(f"{source} has the label {label!r}, which is none of the model's: {known}")
+            answers = (a if protocol == "seed" else normalise(a) for a in answers if a)
             text = next((a for a in answers if a.strip()), None)
             if text is None:
                 missing += 1
             else:
-                examples.append(
-                    {"text": text, "label": label, "question": record["question"], "subset": record["subset"]}
-                )
+                example = {"text": text, "label": index_of[label]}
+                examples.append(example | {"question": record["question"], "subset": record["subset"]})
     return examples, missing
 
 
@@ -265,11 +333,13 @@ def part_of(question):
     return {0: "test", 1: "validation"}.get(digit, "train")
 
 
-def split_examples(examples, protocol="seed"):
-    """Split into {"train", "validation", "test"}, lists of examples. Raises InputError where a part stays empty.
+def split_examples(examples, protocol="seed", labels=LABELS):
+    """Split into {"train", "validation", "test"}, lists of examples.
 
-    seed: the published protocol: 5,000 rows (or all there are) drawn with seed 233, then 8:1:1 by rows, so that a
-    question's two answers may stand in different parts.
+    Raises InputError where a part stays empty or the training part lacks one of the `labels`.
+
+    seed: the published protocol: 5,000 rows (or all there are; of your own task always all) drawn with seed 233, then
+    8:1:1 by rows, so that a question's two answers may stand in different parts.
     strict: whole questions by `part_of`; of exact duplicate texts across parts only the copy in the part further
     from training stays, so that no test text was ever trained on.
     """
@@ -279,7 +349,8 @@ def split_examples(examples, protocol="seed"):
         if len(examples) < 10:
             raise InputError(f"{len(examples)} texts cannot be split 8:1:1: at least 10 are needed")
         rows = datasets.Dataset.from_dict({"row": range(len(examples))}).shuffle(seed=SPLIT_SEED)
-        rows = rows.select(range(min(SEED_ROWS, len(examples))))
+        if tuple(labels) == LABELS:
+            rows = rows.select(range(min(SEED_ROWS, len(examples))))
         train = rows.train_test_split(train_size=0.8, seed=SPLIT_SEED)
         held_out = train["test"].train_test_split(train_size=0.5, seed=SPLIT_SEED)
         drawn = {"train": train["train"], "validation": held_out["train"], "test": held_out["test"]}
@@ -295,8 +366,9 @@ def split_examples(examples, protocol="seed"):
     for part in PARTS:
         if not parts[part]:
             raise InputError(f"the {part} part of these {len(examples)} texts is empty: more questions are needed")
-    if len({example["label"] for example in parts["train"]}) < len(LABELS):
-        raise InputError(f"the training part holds one class only: both {' and '.join(LABELS)} answers are needed")
+    if lacking := sorted(set(range(len(labels))) - {example["label"] for example in parts["train"]}):
+        names = ", ".join(labels[label] for label in lacking)
+        raise InputError(f"the training part holds no text with the label {names}: more texts are needed")
     return parts
 
 
@@ -378,32 +450,44 @@ def pack(token_ids, device="cpu"):
     """One row of several texts: the keyword arguments of `PackedClassifier.forward`.
 
     `token_ids`: list of n lists of int, T tokens in all. Returns `input_ids` and `position_ids`, int64 (1, T);
-    `last_tokens`, int64 (n,), where in the row each text ends; `lengths`, a tuple of the n texts' lengths, not a tensor
-    so that cutting the row apart needs no device synchronisation.
+    `cu_seqlens`, int32 (n + 1,), where in the row the texts begin and end: 0, ..., T; `lengths`, a tuple of int
+    (n,), not a tensor so that cutting the row apart needs no device synchronisation.
     """
     lengths = tuple(map(len, token_ids))
     row = {
         "input_ids": torch.tensor([[token for ids in token_ids for token in ids]]),  # (1, T)
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],  # (1, T)
-        "last_tokens": torch.tensor(lengths).cumsum(0) - 1,  # (n,)
+        "cu_seqlens": torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32),  # (n + 1,)
     }
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in row.items()} | {"lengths": lengths}
+    return {name: to_device(tensor, device) for name, tensor in row.items()} | {"lengths": lengths}
 
 
-def packed_attention(module, query, key, value, attention_mask, lengths, scaling, dropout=0.0, **kwargs):
+def to_device(tensor, device):
+    """A copy on the device that the host does not wait for, so that it builds a batch while the GPU is at the last."""
+    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
+
+
+def packed_attention(module, query, key, value, attention_mask, lengths, cu_seqlens, scaling, dropout=0.0, **kwargs):
     """Causal attention inside each text of a packed row; a transformers attention function ("packed").
 
-    `query` (1, heads, T, head_dim), `key` and `value` (1, kv_heads, T, head_dim), `lengths` as made by `pack`.
-    Returns (1, T, heads, head_dim) and no attention weights.
+    `query` (1, heads, T, head_dim), `key` and `value` (1, kv_heads, T, head_dim), `lengths` and `cu_seqlens` as made by
+    `pack`. Returns (1, T, heads, head_dim) and no attention weights.
     """
+    window = kwargs.get("sliding_window")  # a token sees itself and the window - 1 tokens before it
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    if query.is_cuda and not dropout and has_varlen_kernel(dtype):
+        q, k, v = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))  # (T, heads, head_dim)
+        ends = cu_seqlens, cu_seqlens, max(lengths), max(lengths)
+        behind = window - 1 if window else -1
+        return varlen_attn(q, k, v, *ends, scale=scaling, window_size=(behind, 0), enable_gqa=True)[None], None
     groups = query.shape[1] // key.shape[1]  # grouped-query attention shares one key head among several query heads
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    window = kwargs.get("sliding_window")
     texts = []
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
         mask, length = None, q.shape[2]
-        if window and length > window:  # a token sees itself and the window - 1 tokens before it
+        if window and length > window:
             mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
         texts.append(
             torch.nn.functional.scaled_dot_product_attention(
@@ -411,6 +495,11 @@ def packed_attention(module, query, key, value, attention_mask, lengths, scaling
             )
         )
     return torch.cat(texts, dim=2).transpose(1, 2), None
+
+
+def has_varlen_kernel(dtype):
+    """Whether one FlashAttention call can do all texts of a layer: with 16 bits and compute capability 8 or more."""
+    return varlen_attn and dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def register_packed_attention(model):
@@ -439,11 +528,11 @@ class PackedClassifier(torch.nn.Module):
         """The transformers model itself, without PEFT's wrapper (its adapter layers are inside)."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def forward(self, input_ids, position_ids, last_tokens, lengths):
+    def forward(self, input_ids, position_ids, cu_seqlens, lengths):
         model = self.classifier()
-        hidden = model.base_model(  # use_cache off: nothing is generated, so no key or value need be kept
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, lengths=lengths
-        ).last_hidden_state  # (1, T, hidden)
+        row = {"input_ids": input_ids, "position_ids": position_ids, "cu_seqlens": cu_seqlens, "lengths": lengths}
+        hidden = model.base_model(**row, use_cache=False).last_hidden_state  # (1, T, hidden); nothing is generated
+        last_tokens = cu_seqlens[1:] - 1  # (n,)
         return model.score(hidden[0, last_tokens]).float()  # (n, classes)
 
 
@@ -457,6 +546,7 @@ def load_model(auto_class, folder, dtype, new_head=False, **options):
         raise InputError(f"{folder} is an adapter, not a whole model: give the model that it was trained on")
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # "newly initialized" is meant for those who forgot to train
+    transformers.logging.disable_progress_bar()
     try:
         model, info = auto_class.from_pretrained(
             folder,
@@ -471,6 +561,7 @@ def load_model(auto_class, folder, dtype, new_head=False, **options):
         raise InputError(f"{folder} is no model that can be loaded ({one_line(error)})") from None
     finally:
         transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
     missing = [n for n in info["missing_keys"] if not new_head or n.startswith(f"{model.base_model_prefix}.")]
     if missing:
         raise InputError(f"{folder} lacks the weights {', '.join(sorted(missing)[:3])}: the model is incomplete")
@@ -534,7 +625,7 @@ def save_predictions(path, examples, labels, predictions, logits=None, probabili
 
 def add_source_option(parser):
     """The options that several scripts share, with their defaults in one place."""
-    help_text = f"{', '.join(SUBSETS)}, all, or .jsonl files"
+    help_text = f"{', '.join(SUBSETS)}, all, or .jsonl or .csv files; your own with text, label"
     parser.add_argument("--data", nargs="+", default=["baike"], metavar="SOURCE", help=help_text)
 
 
@@ -559,7 +650,7 @@ def leaks(parts):
     return seen, sum(example["text"] in texts for example in parts["test"])
 
 
-def audit(records, output_dir):
+def audit(records, labels, output_dir):
     """Print, for both protocols, what leaks and what shortcuts alone score on the test part. Needs scikit-learn."""
     try:
         from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
@@ -590,30 +681,27 @@ def audit(records, output_dir):
     }
     columns, files = {}, []  # written when both protocols went well
     for protocol in PROTOCOLS:
-        parts = split_examples(make_examples(records, protocol)[0], protocol)
+        parts = split_examples(make_examples(records, protocol, labels)[0], protocol, labels)
         texts = {part: [example["text"] for example in parts[part]] for part in PARTS}
-        labels = {part: [example["label"] for example in parts[part]] for part in PARTS}
-        seen, copies = leaks(parts)
-        ones = sum(labels["test"]) / len(labels["test"])
-        column = [f"{len(texts['train'])} / {len(texts['test'])}", seen, copies, f"{max(ones, 1 - ones):.3f}"]
+        true = {part: [example["label"] for example in parts[part]] for part in PARTS}
+        largest = max(map(true["test"].count, range(len(labels)))) / len(true["test"])
+        column = [f"{len(texts['train'])} / {len(texts['test'])}", *leaks(parts), f"{largest:.3f}"]
         for name, candidates in shortcuts.items():
             try:
-                fitted = [candidate.fit(texts["train"], labels["train"]) for candidate in candidates]
+                fitted = [candidate.fit(texts["train"], true["train"]) for candidate in candidates]
             except ValueError as error:  # such as no punctuation anywhere
                 raise InputError(f"--audit cannot learn from the {name} of these texts ({error})") from None
-            model = max(fitted, key=lambda model: model.score(texts["validation"], labels["validation"]))
-            column.append(f"{model.score(texts['test'], labels['test']):.3f}")
-            predicted = [LABELS[k] for k in model.predict(texts["test"])]
-            probabilities = model.predict_proba(texts["test"])
-            files.append(
-                (f"predictions-{protocol}-{name}.jsonl", parts["test"], LABELS, predicted, None, probabilities)
-            )
+            model = max(fitted, key=lambda model: model.score(texts["validation"], true["validation"]))
+            column.append(f"{model.score(texts['test'], true['test']):.3f}")
+            predicted = [labels[k] for k in model.predict(texts["test"])]
+            contents = parts["test"], labels, predicted, None, model.predict_proba(texts["test"])
+            files.append((f"predictions-{protocol}-{name}.jsonl", *contents))
         columns[protocol] = column
     rows = (
         "texts in train / test",
         "test texts whose question is in train",
         "test texts that are copies of a training text",
-        "accuracy of the larger class",
+        "accuracy of the largest class",
         "accuracy of length alone",
         "accuracy of white space and punctuation alone",
         "accuracy of character 1-3-grams",
@@ -638,18 +726,19 @@ def main(argv=None):
     import datasets
 
     records = load_hc3(args.data)
+    labels = class_names(records)
     if args.audit:
-        audit(records, args.output_dir)
+        audit(records, labels, args.output_dir)
         return
-    examples, missing = make_examples(records, args.protocol)
-    parts = split_examples(examples, args.protocol)
+    examples, missing = make_examples(records, args.protocol, labels)
+    parts = split_examples(examples, args.protocol, labels)
     print(datasets.Dataset.from_list(records))
     print(json.dumps(records[0], ensure_ascii=False, indent=1))
-    print(f"\n{len(examples)} texts, {missing} answers missing; {args.protocol} protocol:")
+    print(f"\n{len(examples)} texts, {missing} missing or empty; {args.protocol} protocol:")
     for part in PARTS:
-        ones = sum(example["label"] for example in parts[part])
-        name = "val" if part == "validation" else part
-        print(f"【data_{name}】 num_rows: {len(parts[part])} ({len(parts[part]) - ones} human, {ones} chatgpt)")
+        true = [example["label"] for example in parts[part]]
+        counts = ", ".join(f"{true.count(k)} {label}" for k, label in enumerate(labels))
+        print(f"【data_{'val' if part == 'validation' else part}】 num_rows: {len(true)} ({counts})")
     seen, copies = leaks(parts)
     print(f"test texts whose question is also in train: {seen}; exact copies of a training text: {copies}")
 

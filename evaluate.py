@@ -9,14 +9,18 @@ checkpoint says what else is needed: base model, data, split and its hash, max_l
 Written to the checkpoint's folder (or --output_dir): eval-<name>.json, predictions-<name>.jsonl, and with matplotlib
 report-<name>.png.
 
+    python evaluate.py --ckpt out/demo --predict tests/sample.csv --output out/labelled.jsonl     # any number of texts
+    python evaluate.py --ckpt out/demo --merge out/merged            # adapter and base as one plain transformers model
     python evaluate.py --compare out/a/predictions-test.jsonl out/b/predictions-test.jsonl        # are they different?
 """
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -30,6 +34,7 @@ from tqdm import tqdm
 import data
 from data import InputError
 
+CHUNK = 1024  # rows that --predict reads and writes at a time
 LENGTH_EDGES = (32, 64, 128, 256, 512)  # tokens, between the buckets of "accuracy by length"
 
 
@@ -42,6 +47,9 @@ def parse_args(argv=None):
     one = parser.add_mutually_exclusive_group().add_argument
     one("--text", help="print label and probability of this text")
     one("--example", type=count, metavar="N", help="print example N of the part, with its prediction")
+    one("--predict", metavar="FILE", help="label every `text` of this .jsonl or .csv, of any size, into --output")
+    one("--merge", type=data.folder, metavar="FOLDER", help="write adapter and base as one transformers model")
+    add("--output", type=Path, metavar="FILE", help=".jsonl of --predict: a line a row; goes on with what is there")
     add("--compare", nargs="+", metavar="FILE", help="compare predictions-*.jsonl on the same texts")
     add("--model", help="base model of an adapter, where it is no longer what run.json says")
     add("--hub", choices=["huggingface", "modelscope"], help="where a base model comes from (as in the run)")
@@ -53,6 +61,8 @@ def parse_args(argv=None):
         parser.error("--ckpt FOLDER (written by train.py) is needed, or --compare FILE FILE")
     if args.compare and len(args.compare) < 2:
         parser.error("--compare needs two files or more")
+    if bool(args.predict) != bool(args.output):
+        parser.error("--predict FILE and --output FILE go together")
     return args
 
 
@@ -91,11 +101,12 @@ def read_run(ckpt):
     return run
 
 
-def load_checkpoint(ckpt, dtype=torch.float32, device="cpu", model=None, hub=None):
+def load_checkpoint(ckpt, dtype=torch.float32, device="cpu", model=None, hub=None, merge=True):
     """The model, the tokenizer and run.json of a checkpoint written by train.py.
 
-    An adapter is merged into its base in float32 before the weights take `dtype`. `model` and `hub` override where the
-    base comes from. Only safetensors are read and no code from the checkpoint runs. Raises InputError.
+    If `merge`, an adapter is merged into its base in float32 before the weights take `dtype`. `model` and `hub` say
+    where the base comes from, instead of run.json. Only safetensors are read and no code from the checkpoint runs.
+    Raises InputError.
     """
     run = read_run(ckpt)
     weights = "adapter_model.safetensors" if run["lora"] else "model*.safetensors"
@@ -121,7 +132,7 @@ def load_checkpoint(ckpt, dtype=torch.float32, device="cpu", model=None, hub=Non
             wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
             if differ := sorted(wanted ^ load_file(Path(ckpt) / weights).keys()):
                 raise ValueError(f"one of the two lacks {', '.join(differ[:3])}")
-            classifier = adapted.merge_and_unload()
+            classifier = adapted.merge_and_unload() if merge else adapted
         except Exception as error:
             raise InputError(f"the adapter in {ckpt} does not fit the base {base} ({data.one_line(error)})") from None
     return data.PackedClassifier(classifier.to(device, dtype)).eval(), tokenizer, run
@@ -144,8 +155,10 @@ def rows_of(token_ids, tokens_per_row):
 
 
 @torch.inference_mode()
-def predict(model, token_ids, device, description="evaluate", process=0, processes=1):
+def predict(model, token_ids, device, description=None, process=0, processes=1):
     """Logits of each text, float32 (n, classes) in numpy, in order; each text is scored exactly once.
+
+    `description`: of the progress bar; without one there is none.
 
     Of several processes each scores every so-many-th row, all run the model equally often (DDP and FSDP want that), and
     all get the whole result. The rows, and so the logits, do not depend on the number of processes.
@@ -154,7 +167,8 @@ def predict(model, token_ids, device, description="evaluate", process=0, process
     scored = []
     was_training = model.training
     model.eval()
-    with tqdm(total=len(token_ids), desc=description, unit=" texts", disable=process > 0, leave=False) as bar:
+    hidden = process > 0 or description is None
+    with tqdm(total=len(token_ids), desc=description, unit=" texts", disable=hidden, leave=False) as bar:
         for first in range(0, len(rows), processes):
             mine = first + process
             row = rows[min(mine, len(rows) - 1)]
@@ -232,8 +246,9 @@ def fit_calibration(labels, logits):
     """
     grid = np.geomspace(0.1, 10, 463)
     temperature = float(min(grid, key=lambda t: negative_log_likelihood(labels, logits / t)))
-    human = np.sort(softmax(logits / temperature)[labels == 0, 1])
-    threshold = float(human[-1 - len(human) // 100]) if len(human) >= 100 and logits.shape[1] == 2 else None
+    negative = np.sort(softmax(logits / temperature)[labels == 0, 1])
+    enough = len(negative) >= 100 and logits.shape[1] == 2
+    threshold = float(negative[-1 - len(negative) // 100]) if enough else None
     return temperature, threshold
 
 
@@ -267,12 +282,12 @@ def metrics(labels, logits, questions, subsets, lengths, names=data.LABELS, temp
     }
     if len(names) == 2 and 0 < labels.sum() < len(labels):
         result["auroc"] = auroc(labels == 1, logits[:, 1] - logits[:, 0])
-        result["human_called_chatgpt"] = float((predicted[labels == 0] == 1).mean())
+        result["false_positive_rate"] = float((predicted[labels == 0] == 1).mean())
         if threshold is not None:
             above = calibrated[:, 1] > threshold
             result["threshold"] = threshold
-            result["human_above_threshold"] = float(above[labels == 0].mean())
-            result["chatgpt_above_threshold"] = float(above[labels == 1].mean())
+            result["false_positive_rate_above_threshold"] = float(above[labels == 0].mean())
+            result["true_positive_rate_above_threshold"] = float(above[labels == 1].mean())
 
     def accuracy_of(chosen):
         return {"n": int(chosen.sum()), "accuracy": float(right[chosen].mean())}
@@ -362,11 +377,13 @@ def print_report(result):
     low, high = result["accuracy_interval"]
     print(f"accuracy {result['accuracy']:.4f}, 95 % interval {low:.4f} to {high:.4f}; loss {result['loss']:.4f}")
     if "auroc" in result:
-        print(f"AUROC {result['auroc']:.4f}; human texts called chatgpt: {result['human_called_chatgpt']:.4f}")
+        called = f"{names[0]} texts called {names[1]}: {result['false_positive_rate']:.4f}"
+        print(f"AUROC {result['auroc']:.4f}; {called}")
     if "threshold" in result:
+        false, true = (result[f"{kind}_positive_rate_above_threshold"] for kind in ("false", "true"))
         print(
-            f"above {result['threshold']:.4f}, the threshold for 1 % of human validation texts: "
-            f"{result['human_above_threshold']:.4f} of human, {result['chatgpt_above_threshold']:.4f} of chatgpt texts"
+            f"above {result['threshold']:.4f}, the threshold for 1 % of {names[0]} validation texts: {false:.4f} of "
+            f"{names[0]}, {true:.4f} of {names[1]} texts"
         )
     before, after = result["calibration_error"], result["calibration_error_calibrated"]
     print(f"calibration error {before:.4f}, {after:.4f} at temperature {result['temperature']:.2f}")
@@ -410,7 +427,9 @@ def plot_report(path, result, labels, logits):
     by_length.bar([f"{row['tokens_from']}+" for row in rows], [row["accuracy"] for row in rows])
     by_length.set(ylim=(0, 1), xlabel="tokens", title="accuracy by length")
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=110, format="png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the font may lack the characters of a class's name
+        figure.savefig(picture, dpi=110, format="png")
     data.write_atomically(path, picture.getvalue())
 
 
@@ -419,10 +438,10 @@ def plot_report(path, result, labels, logits):
 
 def parts_to_score(run, sources=None, split=None):
     """List of (name, examples): the run's own part, checked against the hash in run.json, or each of `sources`."""
-    protocol = run["split"]["protocol"]
+    protocol, labels = run["split"]["protocol"], run["labels"]
     if not sources:
-        examples, _ = data.make_examples(data.load_hc3(run["data"]), protocol)
-        parts = data.split_examples(examples, protocol)
+        examples, _ = data.make_examples(data.load_hc3(run["data"]), protocol, labels)
+        parts = data.split_examples(examples, protocol, labels)
         wanted = parts if split == "all" else [split or "test"]
         for part in wanted:
             if data.hash_examples(parts[part]) != run["split"]["sha256"][part]:
@@ -430,11 +449,11 @@ def parts_to_score(run, sources=None, split=None):
         return [(split or "test", [example for part in wanted for example in parts[part]])]
     named = {}
     for source in sources:
-        examples, _ = data.make_examples(data.load_hc3([source]), protocol)
+        examples, _ = data.make_examples(data.load_hc3([source]), protocol, labels)
         if not examples:
             raise InputError(f"{source} holds no answers: there is nothing to score")
         if split not in (None, "all"):
-            examples = data.split_examples(examples, protocol)[split]
+            examples = data.split_examples(examples, protocol, labels)[split]
         if named.setdefault(Path(source).stem, examples) is not examples:
             raise InputError(f"--data has two sources named {Path(source).stem}, as the results would be: rename one")
     return list(named.items())
@@ -480,9 +499,109 @@ def score(name, examples, model, tokenizer, run, max_length, output_dir):
 
 def show_text(text, model, tokenizer, run, max_length):
     """(index of the predicted class, its calibrated probability) of one text."""
-    logits = predict(model, data.tokenize(tokenizer, [text], max_length), model.device, "text")
+    logits = predict(model, data.tokenize(tokenizer, [text], max_length), model.device)
     probabilities = softmax(logits / run["temperature"])[0]
     return int(probabilities.argmax()), float(probabilities.max())
+
+
+def label_rows(rows, model, tokenizer, run, max_length):
+    """A dict for each of `rows`, as `data.read_rows` yields them: label and calibrated probability, or the error."""
+    texts, results = {}, []
+    for position, (number, row) in enumerate(rows):
+        text = row.get("text") if isinstance(row, dict) else None
+        text = data.valid_unicode(text) if isinstance(text, str) else ""
+        text = data.normalise(text) if run["split"]["protocol"] == "strict" else text
+        if text.strip():
+            texts[position] = text
+        results.append({"error": f"line {number} {row if isinstance(row, str) else 'has no text'}"})
+    if texts:
+        logits = predict(model, data.tokenize(tokenizer, texts.values(), max_length), model.device)
+        for position, p in zip(texts, softmax(logits / run["temperature"]), strict=True):
+            results[position] = {"label": run["labels"][p.argmax()], "probability": round(float(p.max()), 6)}
+    return results
+
+
+def same_result(line, result):
+    """Whether a line (bytes) of an --output says the same as `result`; a torn one, whether it begins like it."""
+    if not line.endswith(b"\n"):
+        return json.dumps(result).encode().startswith(line[:10])
+    try:
+        written = json.loads(line)
+        near = abs(written.get("probability", 0) - result.get("probability", 0)) < 0.01  # another machine rounds anew
+        return near and written.keys() == result.keys()
+    except (ValueError, AttributeError, TypeError):
+        return False
+
+
+def label_file(source, output, model, tokenizer, run, max_length):
+    """Label each row of a `.jsonl` or `.csv` file that has a `text`: `output` gets a JSON line a row, in order.
+
+    Memory is constant. What `output` holds already is kept; only its last lines are made again, to see that they are
+    this checkpoint's about this file. Raises InputError where they are not, and where no row has a text.
+    """
+    if not any(isinstance(row, dict) and "text" in row for _, row in itertools.islice(data.read_rows(source), CHUNK)):
+        raise InputError(f"{source} has no rows with a text: a column or field `text` is needed")
+    if output.exists() and output.samefile(source):
+        raise InputError("--output is the file that is read: choose another")
+    total, errors = sum(1 for _ in data.read_rows(source)), 0
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.touch()
+    with output.open("r+b") as file, tqdm(total=total, desc="predict", unit=" texts") as bar:
+        done = sum(line.endswith(b"\n") for line in file)
+        first = max(0, done - 1) // CHUNK * CHUNK  # where the chunk with the last of them begins
+        rows = itertools.islice(data.read_rows(source), first, None)
+        file.seek(0)
+        errors += sum(line.startswith(b'{"error"') for line in itertools.islice(file, first))
+        bar.initial = bar.n = first
+        while chunk := list(itertools.islice(rows, CHUNK)):
+            results, start = label_rows(chunk, model, tokenizer, run, max_length), file.tell()
+            lines = list(itertools.islice(file, CHUNK))
+            if done > total or len(lines) > len(chunk) or not all(map(same_result, lines, results)):
+                raise InputError(f"{output} holds other lines than this checkpoint's about {source}: choose another")
+            file.seek(start)
+            file.truncate()
+            file.writelines(json.dumps(result, ensure_ascii=False).encode() + b"\n" for result in results)
+            file.flush()
+            errors += sum("error" in result for result in results)
+            bar.update(len(chunk))
+    print(f"{total} rows, {errors} of them without a label (their `error` says why); written to {output}")
+
+
+def merge(args, run):
+    """Write adapter and base as one transformers model with its tokenizer and run.json, and see that it says the same.
+
+    The merge is done in float32. Raises InputError where the logits differ by more than float32 rounding explains.
+    """
+    if not run["lora"]:
+        raise InputError(f"{args.ckpt} is no adapter: it is a whole transformers model already")
+    if args.merge.exists() and any(args.merge.iterdir()):
+        raise InputError(f"--merge {args.merge} is not empty: choose another folder")
+    options = {"device": PartialState().device, "model": args.model, "hub": args.hub}
+    adapted, tokenizer, _ = load_checkpoint(args.ckpt, **options, merge=False)
+    probe = np.random.default_rng(0).integers(0, adapted.classifier().config.vocab_size, (16, 64)).tolist()
+    expected = predict(adapted, probe, adapted.device)
+    del adapted
+    merged, tokenizer, _ = load_checkpoint(args.ckpt, **options)
+    folder = Path(f"{args.merge}.unfinished")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        merged.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        text = json.dumps(run | {"lora": False}, indent=1, ensure_ascii=False)
+        data.write_atomically(folder / "run.json", text)
+        loaded, _, _ = load_checkpoint(folder, device=options["device"])
+        difference = float(abs(predict(loaded, probe, loaded.device) - expected).max())
+        if not difference <= 1e-3 * float(abs(expected).max()):
+            raise ValueError(f"its logits differ from the adapter's by {difference:.2g}")
+        if args.merge.exists():
+            args.merge.rmdir()  # it is empty
+        os.replace(folder, args.merge)
+    except Exception as error:  # of a full disk each library has a type of its own
+        raise InputError(f"the merged model could not be written to {args.merge} ({data.one_line(error)})") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"largest difference of a logit to the adapter's: {difference:.1e}")
+    print(f"written to {args.merge}, for pipeline('text-classification', model='{args.merge}') or either hub's upload")
 
 
 @data.one_line_errors
@@ -492,8 +611,11 @@ def main(argv=None):
         print_comparison(compare(args.compare))
         return
     run = read_run(args.ckpt)
+    if args.merge:
+        merge(args, run)
+        return
     strict = run["split"]["protocol"] == "strict"
-    parts = parts_to_score(run, args.data, args.split) if args.text is None else []
+    parts = parts_to_score(run, args.data, args.split) if args.text is None and not args.predict else []
     if args.text is not None:
         text = data.valid_unicode(args.text)
         text = data.normalise(text) if strict else text
@@ -504,6 +626,9 @@ def main(argv=None):
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
     model, tokenizer, run = load_checkpoint(args.ckpt, dtype, PartialState().device, args.model, args.hub)
     max_length = run["max_length"] if args.max_length is None else args.max_length
+    if args.predict:
+        label_file(args.predict, args.output, model, tokenizer, run, max_length)
+        return
     if args.text is not None:
         predicted, probability = show_text(text, model, tokenizer, run, max_length)
         print(f"{run['labels'][predicted]} {probability:.4f}")

@@ -152,7 +152,7 @@ def class_log_probabilities(model, prompt, examples):
     for row, example in enumerate(tqdm(examples, "ask", unit=" texts")):
         question = prompt.ids(example)
         batch = data.pack([question + reply[:-1] for reply in replies], model.device)
-        ends = batch.pop("last_tokens").tolist()
+        ends = np.cumsum(batch["lengths"]) - 1
         hidden = model.base_model(**batch, use_cache=False).last_hidden_state[0]  # (T, hidden)
         scores = []
         for reply, end in zip(replies, ends, strict=True):  # the token at position p predicts the one at p + 1
@@ -199,6 +199,10 @@ def main(argv=None):
         return
     if args.ckpt:
         run = evaluate.read_run(args.ckpt)
+        if tuple(run["labels"]) != data.LABELS:
+            raise InputError(
+                f"{args.ckpt} tells {', '.join(run['labels'])} apart: the prompts ask for human or chatgpt"
+            )
         examples, validation = (evaluate.parts_to_score(run, split=part)[0][1] for part in ("test", "validation"))
     else:
         examples, validation = question_examples(data.load_hc3(args.data), args.questions)

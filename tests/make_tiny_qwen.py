@@ -139,7 +139,6 @@ def main():
             size += len(texts[-1])
         batch = pack([text[:-1] for text in texts])  # the last token is only ever predicted
         targets = torch.tensor([token for text in texts for token in text[1:]])
-        batch.pop("last_tokens")
         hidden = model.model(**batch, use_cache=False).last_hidden_state[0]
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), targets)
         loss.backward()

@@ -95,8 +95,8 @@ BAD_DATA = [
     ("NaN a line", "NaN\n", ["line 1", "float", "question, human_answers, chatgpt_answers"]),
     (
         "other field names",
-        jsonl([{"text": "a", "label": 0}]),
-        ["line 1", "'text', 'label'", "question, human_answers, chatgpt_answers"],
+        jsonl([{"texts": "a", "label": 0}]),
+        ["line 1", "'texts', 'label'", "question, human_answers, chatgpt_answers", "text, label"],
     ),
     ("no fields", "{}\n", ["line 1", "none", "question, human_answers, chatgpt_answers"]),
     ("answers that are a string", first(human_answers="text"), ["line 1", "human_answers", "list of strings"]),
@@ -106,14 +106,35 @@ BAD_DATA = [
     ("NaN among the answers", first(human_answers=[float("nan")]), ["line 1", "human_answers", "list of strings"]),
     ("a question that is a number", first(question=5), ["line 1", "question", "string"]),
     ("a question that is null", first(question=None), ["line 1", "question", "string"]),
-    ("one class only", jsonl(r | {"chatgpt_answers": []} for r in RECORDS), ["one class", "human and chatgpt"]),
+    ("one class only", jsonl(r | {"chatgpt_answers": []} for r in RECORDS), ["no text with the label chatgpt"]),
     ("fewer texts than a split needs", jsonl(RECORDS[:4]), ["8 texts", "10 are needed"]),
     ("no answers at all", jsonl(r | {"human_answers": None, "chatgpt_answers": [""]} for r in RECORDS), ["0 texts"]),
     ("white space only", jsonl(r | {"human_answers": [" \n"], "chatgpt_answers": ["\u3000"]} for r in RECORDS),
      ["0 texts"]),
 ]  # fmt: skip
+BAD_TABLES = [  # (what is wrong with a user's own file, the file, words)
+    ("no label", jsonl([{"text": "a"}]), ["line 1", "'text'", "text, label"]),
+    ("a label that is a fraction", jsonl([{"text": "a", "label": 0.5}]), ["line 1", "label", "whole number"]),
+    ("a label that is null", jsonl([{"text": "a", "label": None}]), ["line 1", "label", "name"]),
+    ("a label that is empty", jsonl([{"text": "a", "label": " "}]), ["line 1", "label", "name"]),
+    ("a text that is a number", jsonl([{"text": 1, "label": "a"}]), ["line 1", "text is not a string"]),
+    ("a question that is a number", jsonl([{"text": "a", "label": "a", "question": 1}]), ["line 1", "question"]),
+    ("ten labels of one text each", jsonl({"text": f"{i}", "label": i} for i in range(10)), ["no text with the label"]),
+    ("fewer texts than a split needs", jsonl({"text": f"{i}", "label": i % 2} for i in range(9)), ["9 texts", "10"]),
+]  # fmt: skip
+BAD_CSVS = [
+    ("empty", "", ["bad.csv", "empty", "text, label"]),
+    ("a header only", "text,label\n", ["bad.csv", "empty"]),
+    ("no header", "a,b\nc,d\n", ["line 2", "'a', 'b'", "text, label"]),
+    ("a comma in a text", "text,label\na,b,c\n", ["line 2", "2 fields of the header", "quote"]),
+    ("a field too few", "text,label\na,b\n\nc\n", ["line 4", "2 fields of the header"]),
+    ("GBK", "text,label\n你好,a\n".encode("gbk"), ["line 2", "UTF-8"]),
+    ("a quote that is never closed", 'text,label\n"a,b\n' + "c,d\n" * 40_000, ["bad.csv", "CSV", "quote"]),
+]
 
 ROWS = [(what, {"bad.jsonl": content}, "train.py --data bad.jsonl", words) for what, content, words in BAD_DATA]
+ROWS += [(f"own task: {what}", {"bad.jsonl": c}, "train.py --data bad.jsonl", words) for what, c, words in BAD_TABLES]
+ROWS += [(f".csv: {what}", {"bad.csv": content}, "train.py --data bad.csv", words) for what, content, words in BAD_CSVS]
 ROWS += [
     ("no such file", {}, "train.py --data gone.jsonl", ["gone.jsonl", "subsets are baike"]),
     ("no such subset", {}, "train.py --data biake", ["'biake'", "subsets are baike"]),
@@ -125,7 +146,7 @@ ROWS += [
     ("other field names", {"bad.jsonl": '{"text": 1}'}, "data.py --data bad.jsonl", ["line 1", "'text'"]),
     ("no such file", {}, "data.py --data gone.jsonl", ["gone.jsonl", "subsets are baike"]),
     ("one class only", {"bad.jsonl": jsonl(r | {"human_answers": []} for r in RECORDS)}, "data.py --data bad.jsonl",
-     ["one class", "human and chatgpt"]),
+     ["no text with the label human"]),
     ("no such file", {}, "evaluate.py --ckpt trained --data gone.jsonl", ["gone.jsonl", "subsets are baike"]),
     ("a torn last line", {"bad.jsonl": TORN}, "evaluate.py --ckpt trained --data bad.jsonl", ["line 20"]),
     ("no answers at all", {"bad.jsonl": first(human_answers=[], chatgpt_answers=[]).splitlines()[0]},
@@ -310,7 +331,40 @@ ROWS += [
     ("--example out of range", {}, "evaluate.py --ckpt trained --example 9999", ["9999", "0 to "]),
     ("empty --text", {}, "evaluate.py --ckpt trained --text ''", ["--text", "empty"]),
     ("--text of white space", {}, "evaluate.py --ckpt trained --text '\u3000 \n'", ["--text", "empty"]),
+    ("a label that the model does not know", {"own.jsonl": jsonl([{"text": "a", "label": "robot"}])},
+     "evaluate.py --ckpt trained --data own.jsonl", ["own", "'robot'", "human, chatgpt"]),
+    ("a prompt for another task", {"trained/run.json": edited(labels=["cat", "dog"])},
+     "prompt_baseline.py --ckpt trained", ["cat, dog", "human or chatgpt"]),
     ("--text with --example", {}, "evaluate.py --ckpt trained --text 你好 --example 0", ["--text", "--example"]),
+]  # fmt: skip
+
+TEXTS, LABELLED = (
+    jsonl({"text": f"{i}"} for i in range(9)),
+    jsonl({"label": "human", "probability": 0.0001} for _ in "ab"),
+)
+PREDICT = "evaluate.py --ckpt trained --predict texts.jsonl --output"
+ROWS += [
+    ("--predict without --output", {}, "evaluate.py --ckpt trained --predict good.jsonl", ["--predict", "--output"]),
+    ("--output without --predict", {}, "evaluate.py --ckpt trained --output good.jsonl", ["--predict", "--output"]),
+    ("--predict: no such file", {}, f"{PREDICT} out.jsonl", ["texts.jsonl", "No such file"]),
+    ("--predict: a folder", {"texts.jsonl/": ""}, f"{PREDICT} out.jsonl", ["texts.jsonl", "directory"]),
+    ("--predict: empty", {"texts.jsonl": ""}, f"{PREDICT} out.jsonl", ["texts.jsonl", "no rows"]),
+    ("--predict: no texts", {"texts.jsonl": GOOD}, f"{PREDICT} out.jsonl", ["texts.jsonl", "`text`"]),
+    ("--predict: --output is the file that is read", {"texts.jsonl": TEXTS}, f"{PREDICT} ./texts.jsonl", ["--output"]),
+    ("--predict: --output is a folder", {"texts.jsonl": TEXTS, "dir/": ""}, f"{PREDICT} dir", ["dir"]),
+    ("--predict: --output holds other labels", {"texts.jsonl": TEXTS, "out.jsonl": LABELLED}, f"{PREDICT} out.jsonl",
+     ["out.jsonl", "other lines", "choose another"]),
+    ("--predict: --output is a user's own file", {"texts.jsonl": TEXTS, "mine.txt": "precious"}, f"{PREDICT} mine.txt",
+     ["mine.txt", "other lines"]),
+    ("--predict: --output has more lines", {"texts.jsonl": TEXTS, "out.jsonl": LABELLED * 9}, f"{PREDICT} out.jsonl",
+     ["out.jsonl", "other lines"]),
+    ("--merge of what is no adapter", {"tiny/run.json": json.dumps(FULL_RUN)},
+     "evaluate.py --ckpt tiny --merge merged", ["tiny", "no adapter"]),
+    ("--merge into a folder with files", {"held/mine.txt": "x"}, "evaluate.py --ckpt trained --merge held",
+     ["held", "not empty"]),
+    ("--merge with a base of other size", {}, "evaluate.py --ckpt trained --merge merged --model narrow",
+     ["narrow", "does not fit"]),
+    ("--report_to of another tracker", {}, "train.py --report_to comet", ["--report_to", "tensorboard"]),
 ]  # fmt: skip
 
 # ---- files that the scripts wrote -----------------------------------------------------------------
@@ -530,12 +584,12 @@ FINE_TEXTS = {
 }
 FINE = [  # (what is odd, the file, words that data.py prints)
     ("a byte order mark", "\ufeff" + GOOD, ["num_rows: 20"]),
-    ("CRLF", GOOD.replace("\n", "\r\n"), ["num_rows: 20", "0 answers missing"]),
+    ("CRLF", GOOD.replace("\n", "\r\n"), ["num_rows: 20", "0 missing or empty"]),
     ("blank lines", "\n\n" + GOOD.replace("\n", "\n \n"), ["num_rows: 20"]),
-    ("answers that are null", first(human_answers=None, chatgpt_answers=[None]), ["38 texts, 2 answers missing"]),
-    ("answers that are empty", first(human_answers=[], chatgpt_answers=["", ""]), ["38 texts, 2 answers missing"]),
-    ("answers of white space", first(human_answers=[" \n\u3000"]), ["39 texts, 1 answers missing"]),
-    ("a null before an answer", first(human_answers=[None, "", "a"]), ["40 texts, 0 answers missing"]),
+    ("answers that are null", first(human_answers=None, chatgpt_answers=[None]), ["38 texts, 2 missing or empty"]),
+    ("answers that are empty", first(human_answers=[], chatgpt_answers=["", ""]), ["38 texts, 2 missing or empty"]),
+    ("answers of white space", first(human_answers=[" \n\u3000"]), ["39 texts, 1 missing or empty"]),
+    ("a null before an answer", first(human_answers=[None, "", "a"]), ["40 texts, 0 missing or empty"]),
     ("one question again and again", jsonl(r | {"question": "q"} for r in RECORDS), ["num_rows: 20", "40 texts"]),
     ("an empty question", first(question=""), ["40 texts"]),
     ("NaN in a field that is not used", first(score=float("nan")), ["num_rows: 20"]),

@@ -48,14 +48,14 @@ def test_metrics_equal_scikit_learn(seed, n):
     assert result["auroc"] == pytest.approx(reference.roc_auc_score(labels, logits[:, 1] - logits[:, 0]))
     assert result["loss"] == pytest.approx(reference.log_loss(labels, probability, labels=[0, 1]))
     above = evaluate.softmax(logits / 1.7)[:, 1] > 0.6
-    assert result["human_above_threshold"] == pytest.approx(above[labels == 0].mean())
+    assert result["false_positive_rate_above_threshold"] == pytest.approx(above[labels == 0].mean())
     assert sum(row["n"] for row in result["by_length"]) == sum(row["n"] for row in result["by_subset"].values()) == n
 
 
 def test_three_classes_leave_out_what_is_about_two():
     labels, logits, questions = random_case(3, classes=3)
     result = metrics_of(labels, logits, questions, names=("x", "y", "z"), threshold=0.5)
-    assert "auroc" not in result and "human_above_threshold" not in result
+    assert "auroc" not in result and "false_positive_rate_above_threshold" not in result
     macro = np.mean([row["f1"] for row in result["per_class"].values()])
     assert macro == pytest.approx(reference.f1_score(labels, logits.argmax(1), average="macro"))
 

@@ -108,4 +108,4 @@ def test_pack_can_be_unpacked(texts):
     row, positions = batch["input_ids"][0], batch["position_ids"][0]
     assert [part.tolist() for part in row.split(batch["lengths"])] == texts
     assert [part.tolist() for part in positions.split(batch["lengths"])] == [list(range(len(ids))) for ids in texts]
-    assert row[batch["last_tokens"]].tolist() == [ids[-1] for ids in texts]
+    assert row[batch["cu_seqlens"][1:] - 1].tolist() == [ids[-1] for ids in texts]

@@ -399,8 +399,8 @@ def test_out_of_memory_halves_the_micro_batch(small_data, tmp_path, monkeypatch,
     train.main(arguments(small_data, tmp_path / "whole", *argv))
     forward = data.PackedClassifier.forward
 
-    def small_memory(self, input_ids, position_ids, last_tokens, lengths):
-        logits = forward(self, input_ids, position_ids, last_tokens, lengths)
+    def small_memory(self, input_ids, position_ids, cu_seqlens, lengths):
+        logits = forward(self, input_ids, position_ids, cu_seqlens, lengths)
         if self.training and len(lengths) > 5:  # as on a GPU, in the backward pass
             logits.register_hook(out_of_memory)
             held.append(weakref.ref(logits))
