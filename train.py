@@ -239,25 +239,19 @@ class UsedRows(torch.nn.Embedding):
         whole = embedding.weight.detach()
         super().__init__(len(used), embedding.embedding_dim, padding_idx=padding, _weight=whole[used])
         self.register_buffer("slots", slots, persistent=False)
-        self.used, self.whole, self.left_out = used, whole if keep_whole else None, whole.numel() - self.weight.numel()
+        self.used, self.whole = used, whole if keep_whole else None
 
     def forward(self, input_ids):
         return super().forward(self.slots[input_ids])
 
 
-def build_model(args, folder, tokenizer, precision, labels, used):
-    """The classifier to train, for texts whose sorted token ids are `used`, int64 (rows,).
-
-    LoRA holds its frozen base in the compute dtype; every trainable tensor is float32.
-    """
+def build_model(args, folder, tokenizer, precision, labels=data.LABELS):
+    """The classifier to train. LoRA holds its frozen base in the compute dtype; every trainable tensor is float32."""
     dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     # Full fine-tuning keeps float32 weights: in bf16 most of its small updates would round away.
     model = data.load_classifier(folder, tokenizer, dtypes[precision] if args.lora else torch.float32, labels)
     model.name_or_path = model.config.name_or_path = args.model  # not the hub's cache folder, which differs elsewhere
-    embedding = model.get_input_embeddings().requires_grad_(not args.freeze_embedding)
-    trained = not args.lora and not args.freeze_embedding
-    if type(embedding) is torch.nn.Embedding and not (trained and args.weight_decay):  # another type may do more
-        model.set_input_embeddings(UsedRows(embedding, used, keep_whole=not args.lora).requires_grad_(trained))
+    model.get_input_embeddings().requires_grad_(not args.freeze_embedding)
     if args.gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})  # the reentrant kind needs an input that requires a gradient
@@ -282,6 +276,18 @@ def build_model(args, folder, tokenizer, precision, labels, used):
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # PEFT leaves the head in the base's dtype
     return data.PackedClassifier(model)
+
+
+def keep_used_rows(args, model, token_ids):
+    """Give a transformers model an embedding of only those rows that `token_ids` (list of lists of int) use.
+
+    Where that would change the result, as with weight decay, which moves every row, the embedding stays as it is.
+    """
+    embedding = model.get_input_embeddings()
+    trained = embedding.weight.requires_grad
+    if type(embedding) is torch.nn.Embedding and not (trained and args.weight_decay):  # another type may do more
+        used = torch.tensor(sorted({token for ids in token_ids for token in ids}))
+        model.set_input_embeddings(UsedRows(embedding, used, keep_whole=not args.lora).requires_grad_(trained))
 
 
 # ---- one step ------------------------------------------------------------------------------------
@@ -592,32 +598,28 @@ def train(args, accelerator, precision, folder, records, unfinished):
     texts = {part: [example["text"] for example in parts[part]] for part in data.PARTS[:2]}
     token_ids = {part: data.tokenize(tokenizer, texts[part], args.max_length) for part in texts}
     labels = {part: np.array([example["label"] for example in parts[part]]) for part in texts}
-    used = torch.tensor(sorted({token for part in token_ids.values() for ids in part for token in ids}))
     step_size = args.batch_size * args.gradient_accumulation_steps
     schedule = Schedule(len(parts["train"]), step_size, args.epochs, args.seed, args.learning_rate, args.warmup_ratio)
 
     # ---- model, optimizer
     torch.manual_seed(args.seed)  # of the new head and the adapter
-    model = build_model(args, folder, tokenizer, accelerator.mixed_precision, class_names, used)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    left_out = sum(module.left_out for module in model.modules() if isinstance(module, UsedRows))
-    counts = {"trainable": sum(p.numel() for p in trainable), "all": sum(p.numel() for p in model.parameters())}
-    counts["all"] += left_out
-    counts["trainable"] += 0 if args.lora or args.freeze_embedding else left_out
+    model = build_model(args, folder, tokenizer, accelerator.mixed_precision, class_names)
+    counts = {
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "all": sum(p.numel() for p in model.parameters()),
+    }
     if is_main:
         config, share = model.classifier().config, 100 * counts["trainable"] / counts["all"]
         sizes = ", ".join(f"{len(parts[part])} {part}" for part in data.PARTS)
         seen, copies = data.leaks(parts)
         print(f"【model】\n{model.model}\n【model.config】\n{config}")
         print(f"trainable params: {counts['trainable']:,} || all params: {counts['all']:,} || trainable%: {share:.4f}")
-        if left_out:
-            print(
-                f"{len(used)} of {config.vocab_size} tokens occur here; the embeddings of the others stay as they are"
-            )
         print(f"{sizes} texts by the {args.protocol} protocol; {missing} were missing or empty")
         print(f"of the test texts, {seen} answer a question that is also in train, {copies} are copies of a train text")
         print(f"{schedule.total_steps} steps of {step_size} texts on {accelerator.num_processes} x {device.type}")
         print(f"mixed precision {precision}")
+    keep_used_rows(args, model.classifier(), [ids for part in token_ids.values() for ids in part])
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, args.learning_rate, weight_decay=args.weight_decay, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
 

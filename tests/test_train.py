@@ -537,7 +537,7 @@ def test_parameter_counts_at_full_size(source, tmp_path, monkeypatch):
         if not folder.is_dir():
             pytest.skip("needs the real configuration beside the checkout")
 
-    def weightless(folder, tokenizer, dtype):
+    def weightless(folder, tokenizer, dtype, labels):
         """The full-size model without its weights, which are not to be had offline."""
         with torch.device("meta"):
             return AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder, num_labels=2))
@@ -584,3 +584,76 @@ def test_launched_by_accelerate(small_data, tmp_path):
     result = json.loads((out / "eval-validation.json").read_text(encoding="utf-8"))
     assert (result["accuracy"], result["loss"]) == (run["validation"]["accuracy"], run["validation"]["loss"])
     assert np.isfinite(run["temperature"]) and run["arguments"]["lora"] is True
+
+
+@pytest.mark.parametrize("more", [[], ["--freeze_embedding"], ["--weight_decay", "0.1"]], ids=" ".join)
+def test_full_fine_tuning_equals_a_plain_loop(more, small_data, tmp_path):
+    """transformers' padded model, its own attention and AdamW over the whole embedding end with the same weights.
+
+    train.py keeps only the rows of the embedding that occur in its texts. The biases of the keys are left out: their
+    gradient is nothing but rounding noise, which AdamW brings to the size of the learning rate.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    out, rate = tmp_path / "out", 1e-4
+    argv = arguments(small_data, out, "--epochs", "1", "--batch_size", "8", "--learning_rate", rate, *more)
+    train.main(argv)
+    args = train.parse_args(argv)
+    tokenizer = data.load_tokenizer(str(TINY))
+    rows = data.split_examples(data.make_examples(data.load_hc3([str(small_data)]))[0])["train"]
+    torch.manual_seed(args.seed)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        TINY, num_labels=2, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32
+    )
+    model.get_input_embeddings().requires_grad_(not args.freeze_embedding)
+    before = model.get_input_embeddings().weight.detach().clone()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, rate, weight_decay=args.weight_decay)
+    schedule = train.Schedule(len(rows), 8, 1, args.seed, rate, 0.0)
+    seen = set()
+    for step in range(schedule.total_steps):
+        batch = [rows[i] for i in schedule.texts_of(step)]
+        inputs = tokenizer([row["text"] for row in batch], max_length=48, truncation=True, padding=True,
+                           return_tensors="pt")  # fmt: skip
+        seen |= set(inputs["input_ids"].flatten().tolist())
+        model(**inputs, labels=torch.tensor([row["label"] for row in batch])).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.param_groups[0]["lr"] = schedule.rate_of(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    expected, got = model.state_dict(), weights(out)
+    assert expected.keys() == got.keys()
+    for name in expected.keys() - {f"model.layers.{i}.self_attn.k_proj.bias" for i in range(4)}:
+        torch.testing.assert_close(
+            got[name], expected[name], rtol=0, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
+    embedding = got["model.embed_tokens.weight"]
+    moved = (embedding != before).any(1).nonzero().flatten().tolist()
+    assert {"": 0 < len(moved) < len(seen) < len(before), "--freeze_embedding": not moved,
+            "--weight_decay": len(moved) > len(seen)}[more[0] if more else ""]  # fmt: skip
+
+
+def test_report_to_tensorboard(small_data, tmp_path, monkeypatch):
+    """The tracker gets the lines of metrics.jsonl; without --report_to none is started."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out = tmp_path / "out"
+    argv = ["--lora", "--epochs", "2", "--batch_size", "4", "--report_to", "tensorboard"]
+    train.main(arguments(small_data, out, *argv))
+    (events,) = (out / "qwen-classifier").glob("events*")
+    recorded = accumulator.EventAccumulator(str(events)).Reload()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for name in ("loss", "learning_rate", "validation_loss", "accuracy"):
+        expected = [(line["step"], line[name]) for line in lines if name in line]
+        got = [(event.step, event.value) for event in recorded.Scalars(name)]
+        assert [step for step, _ in got] == [step for step, _ in expected] != []
+        np.testing.assert_allclose([v for _, v in got], [v for _, v in expected], rtol=1e-6)
+    train.main(arguments(small_data, tmp_path / "none", "--lora", "--epochs", "1"))
+    assert not (tmp_path / "none" / "qwen-classifier").exists()
+
+
+def test_report_to_what_is_not_installed(small_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(arguments(small_data, tmp_path / "out", "--report_to", "wandb"))
+    assert stopped.value.code == 2 and "pip install -U accelerate wandb" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
