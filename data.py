@@ -28,14 +28,6 @@ from pathlib import Path
 import torch
 import transformers  # lazy: what it offers is imported at its first use
 
-try:  # in releases of torch that have windows and grouped queries in it
-    from torch.nn.attention.varlen import varlen_attn
-
-    if "window_size" not in inspect.signature(varlen_attn).parameters:
-        varlen_attn = None
-except ImportError:
-    varlen_attn = None
-
 SUBSETS = ("baike", "open_qa", "nlpcc_dbqa", "finance", "medicine", "law", "psychology")
 ANSWERS = {"human": "human_answers", "chatgpt": "chatgpt_answers"}  # HC3's fields
 LABELS = tuple(ANSWERS)  # label 0, label 1; your own task has its own
@@ -476,7 +468,8 @@ def packed_attention(module, query, key, value, attention_mask, lengths, cu_seql
     """
     window = kwargs.get("sliding_window")  # a token sees itself and the window - 1 tokens before it
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    if query.is_cuda and not dropout and has_varlen_kernel(dtype):
+    half = dtype in (torch.bfloat16, torch.float16)
+    if query.is_cuda and half and not dropout and (varlen_attn := varlen_attention()):
         q, k, v = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))  # (T, heads, head_dim)
         ends = cu_seqlens, cu_seqlens, max(lengths), max(lengths)
         behind = window - 1 if window else -1
@@ -497,9 +490,15 @@ def packed_attention(module, query, key, value, attention_mask, lengths, cu_seql
     return torch.cat(texts, dim=2).transpose(1, 2), None
 
 
-def has_varlen_kernel(dtype):
-    """Whether one FlashAttention call can do all texts of a layer: with 16 bits and compute capability 8 or more."""
-    return varlen_attn and dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability() >= (8, 0)
+@functools.cache
+def varlen_attention():
+    """torch's FlashAttention for all texts of a row in one call, or None where this torch or this GPU has none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # imported here: it costs more than a second
+    except ImportError:
+        return None
+    with_windows = "window_size" in inspect.signature(varlen_attn).parameters
+    return varlen_attn if with_windows and torch.cuda.get_device_capability() >= (8, 0) else None
 
 
 def register_packed_attention(model):

@@ -24,6 +24,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -223,7 +224,7 @@ def choose_precision(asked):
 
 
 class UsedRows(torch.nn.Embedding):
-    """The rows of a token embedding that a run's texts use, as a small embedding in its place.
+    """The rows of a token embedding that a run's texts use, as a smaller embedding in its place.
 
     The embedding is a third of Qwen1.5-0.5B, and 4,000 texts use a tenth of its rows. The others get no gradient, and
     without weight decay AdamW leaves such rows alone: the result is the same without them, and without their gradient
@@ -271,7 +272,9 @@ def build_model(args, folder, tokenizer, precision, labels=data.LABELS):
             lora_dropout=args.lora_dropout,
             target_modules=args.lora_targets,
         )
-        model = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 uses a name that transformers is giving up
+            model = get_peft_model(model, config)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # PEFT leaves the head in the base's dtype
