@@ -309,7 +309,7 @@ def accumulate(accelerator, model, token_ids, labels, texts, micro_size):
         mine = micro_batch[accelerator.process_index :: accelerator.num_processes]
         rows = mine or micro_batch[:1]  # an empty share runs one text with weight 0
         batch = data.pack([token_ids[i] for i in rows], accelerator.device)
-        targets = torch.tensor([labels[i] for i in rows]).to(accelerator.device, non_blocking=True)  # (rows,)
+        targets = data.to_device(torch.tensor([labels[i] for i in rows]), accelerator.device)  # (rows,)
         last = micro_batch is micro_batches[-1]
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             losses = torch.nn.functional.cross_entropy(model(**batch), targets, reduction="sum")

@@ -109,3 +109,54 @@ def test_pack_can_be_unpacked(texts):
     assert [part.tolist() for part in row.split(batch["lengths"])] == texts
     assert [part.tolist() for part in positions.split(batch["lengths"])] == [list(range(len(ids))) for ids in texts]
     assert row[batch["cu_seqlens"][1:] - 1].tolist() == [ids[-1] for ids in texts]
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_one_kernel_equals_attention_text_by_text(window, kv_heads, monkeypatch):
+    """Outputs and gradients of the one varlen call a layer are those of a call for each text."""
+    if not data.varlen_attention():
+        pytest.skip("this torch, or this GPU, has no such kernel")
+    torch.manual_seed(0)
+    batch = data.pack([[1] * length for length in (5, 1, 33, 12)], "cuda")
+    options = {"lengths": batch["lengths"], "cu_seqlens": batch["cu_seqlens"], "sliding_window": window}
+    shapes = [(1, heads, 51, 32) for heads in (4, kv_heads, kv_heads)]
+    states = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    results = []
+    for one_kernel in (True, False):
+        if not one_kernel:
+            monkeypatch.setattr(data, "varlen_attention", lambda: None)
+        output, _ = data.packed_attention(None, *states, None, scaling=32**-0.5, **options)
+        results.append([output, *torch.autograd.grad(output.float().square().sum(), states)])
+    for one, each in zip(*results, strict=True):
+        torch.testing.assert_close(one, each, rtol=0, atol=0.05 * each.abs().max().item())
+
+
+@needs_gpu
+def test_a_step_does_not_wait_for_the_gpu():
+    """Between two reads of the loss the host only issues work, so that it builds batches while the GPU computes."""
+    from accelerate import Accelerator
+
+    import train
+
+    args = train.parse_args(["--lora", "--model", str(TINY)])
+    accelerator = Accelerator(mixed_precision="bf16")
+    model = train.build_model(args, str(TINY), data.load_tokenizer(str(TINY)), "bf16")
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trainable, fused=True))
+    token_ids, labels = [[5, 6, 7], [8, 9], [10]], [0, 1, 0]
+    for mode in ("default", "error"):  # the first step allocates what later ones find
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            train.accumulate(accelerator, model, token_ids, labels, [0, 1, 2], 2)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
