@@ -124,16 +124,19 @@ def cache_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hc3-chinese"
 
 
-def ask_huggingface(repository, filename, repo_type="model"):
-    """The file's ETag, which is its SHA-256 where it is kept as a large file; None where the hub answers with an error.
+def ask_huggingface(repository, filename=None, repo_type="model"):
+    """The file's SHA-256; None where it is not kept as a large file, or where the hub answers with an error.
 
     Raises within seconds where Hugging Face cannot be reached: its downloads would retry for minutes or wait for ever.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
     with contextlib.suppress(HfHubHTTPError):  # it answers: the download itself will say what is wrong
-        return get_hf_file_metadata(hf_hub_url(repository, filename, repo_type=repo_type)).etag
+        # One request: huggingface_hub 0.35 and 0.36 repeat that for a single file's metadata for half a minute.
+        options = {"files_metadata": True, "timeout": constants.HF_HUB_ETAG_TIMEOUT}
+        files = HfApi().repo_info(repository, repo_type=repo_type, **options).siblings
+        return next((file.lfs.sha256 for file in files if file.rfilename == filename and file.lfs), None)
 
 
 def fetch_subset(name):
@@ -156,9 +159,9 @@ def fetch_subset(name):
     def from_huggingface():
         from huggingface_hub import hf_hub_download
 
-        etag = ask_huggingface("Hello-SimpleAI/HC3-Chinese", path.name, "dataset")
+        sha256 = ask_huggingface("Hello-SimpleAI/HC3-Chinese", path.name, "dataset")
         hf_hub_download("Hello-SimpleAI/HC3-Chinese", path.name, repo_type="dataset", local_dir=folder)
-        if re.fullmatch("[0-9a-f]{64}", etag or "") and hashlib.sha256(path.read_bytes()).hexdigest() != etag:
+        if sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             path.unlink()
             raise OSError("the file's SHA-256 is not the one that the hub tells")
 
@@ -395,7 +398,7 @@ def fetch_model(name, hub="huggingface"):
             return folder
     try:
         if hub == "huggingface":
-            ask_huggingface(name, "config.json")
+            ask_huggingface(name)
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         unfinished.touch()  # ModelScope's client cannot tell, offline, that a cached snapshot lacks a file
         folder = snapshot_download(name, **wanted)
@@ -567,14 +570,9 @@ def load_model(auto_class, folder, dtype, new_head=False, **options):
     if other := sorted(name for name, *_ in info["mismatched_keys"]):
         raise InputError(f"{folder} has weights of other sizes than its config.json says: {', '.join(other[:3])}")
     saved = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    if rope_theta(saved) not in (None, rope_theta(model.config.to_dict())):  # 4.x overlooks where 5.x saves it
+    if "rope_parameters" in saved and "rope_theta" not in saved and transformers.__version__.startswith("4."):
         raise InputError(f"{folder} was saved by a newer transformers, which this one misreads: upgrade transformers")
     return model
-
-
-def rope_theta(config):
-    """The base of the rotary position embedding in a model's configuration (dict); None where it does not say."""
-    return config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta")
 
 
 def load_classifier(folder, tokenizer, dtype=torch.float32, labels=LABELS, new_head=True):
@@ -595,6 +593,19 @@ def load_classifier(folder, tokenizer, dtype=torch.float32, labels=LABELS, new_h
     if not hasattr(model, "score"):
         raise InputError(f"{type(model).__name__} has no `score` head on the last token: use a decoder such as Qwen1.5")
     return model
+
+
+def spell_as_before(folder):
+    """Let transformers 4 read what 5 saved in a folder under other names; 5 still reads it under the old ones."""
+    for path in (Path(folder) / "config.json", Path(folder) / "tokenizer_config.json"):
+        if path.is_file():
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            rope = saved.get("rope_parameters") or {}
+            if rope.keys() == {"rope_type", "rope_theta"} and rope["rope_type"] == "default":
+                saved["rope_theta"] = rope["rope_theta"]  # of any other rope, load_model says that 4 misreads it
+            if isinstance(saved.get("extra_special_tokens"), list):
+                saved["additional_special_tokens"] = saved.pop("extra_special_tokens")
+            write_atomically(path, json.dumps(saved, indent=1, ensure_ascii=False))
 
 
 # ---- predictions, whoever makes them --------------------------------------------------------------

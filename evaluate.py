@@ -587,6 +587,7 @@ def merge(args, run):
         folder.mkdir(parents=True, exist_ok=True)
         merged.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        data.spell_as_before(folder)
         text = json.dumps(run | {"lora": False}, indent=1, ensure_ascii=False)
         data.write_atomically(folder / "run.json", text)
         loaded, _, _ = load_checkpoint(folder, device=options["device"])

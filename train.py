@@ -478,6 +478,7 @@ def save_checkpoint(folder, accelerator, model, tokenizer):
             inner.save_pretrained(folder, state_dict=weights, **options)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card would replace the user's own
             tokenizer.save_pretrained(folder)
+            data.spell_as_before(folder)
 
 
 def finish(folder, run, accelerator, trained, token_ids, labels):

@@ -13,6 +13,7 @@ SHARED = ROOT.parent / "shared"  # real data and the real tokenizer, where they 
 
 sys.path.insert(0, str(ROOT))
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ["OMP_NUM_THREADS"] = "1"  # two test files run at a time, and torch's threads would fight for the cores
 
 
 def run_script(script, *arguments, env=None, **options):

@@ -231,6 +231,7 @@ def test_full_checkpoint_is_a_plain_one(tmp_path, capsys):
             model = AutoModelForSequenceClassification.from_pretrained(out, dtype=torch.float32)
             assert model.config.id2label == {0: "human", 1: "chatgpt"}
             assert model.config.pad_token_id == tokenizer.pad_token_id
+            assert json.loads((out / "config.json").read_text(encoding="utf-8"))["rope_theta"] == 1e6  # for 4.x
         else:
             base = AutoModelForSequenceClassification.from_pretrained(
                 TINY, dtype=torch.float32, num_labels=2, pad_token_id=tokenizer.pad_token_id

@@ -158,7 +158,9 @@ class HuggingFace(Hub):
     def list(self, path, files):
         if "/tree/" in path:
             return [{"type": "file", "path": n, "size": len(b), "oid": "0" * 40} for n, b in files.items()]
-        return {"id": "o/n", "sha": COMMIT, "tags": [], "siblings": [{"rfilename": n} for n in files]}
+        lfs = {n: {"size": len(b), "sha256": hashlib.sha256(b).hexdigest(), "pointerSize": 1} for n, b in files.items()}
+        siblings = [{"rfilename": n, "size": len(b), "lfs": lfs[n]} for n, b in files.items()]
+        return {"id": "o/n", "sha": COMMIT, "tags": [], "siblings": siblings}
 
 
 class Hubs:

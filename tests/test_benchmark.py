@@ -1,0 +1,65 @@
+"""benchmark.py compares equal work, and its tables have every variant, with figures that can be."""
+
+import json
+import math
+import re
+from importlib.metadata import version
+
+import benchmark
+import pytest
+from conftest import run_script
+
+ACCELERATE = tuple(map(int, version("accelerate").split(".")[:2]))
+pytestmark = pytest.mark.skipif(ACCELERATE < (1, 10), reason="a Trainer, which no script uses, wants accelerate 1.10")
+
+
+def rows_of(markdown):
+    """{variant: {heading: cell}} of the one table in a report, all its figures checked to be finite and positive."""
+    headings, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line.startswith("|")
+    ]
+    rows = [dict(zip(headings, row, strict=True)) for row in rows]
+    for row in rows:
+        for heading in row.keys() - {"trained", "variant", "largest logit difference"}:
+            values = [float(text) for text in re.findall(r"[\d.]+|nan|inf", row[heading])]
+            assert values and all(math.isfinite(value) and value > 0 for value in values), (row, heading)
+    return {row["variant"]: row for row in rows}
+
+
+def test_training_variants_do_the_same_work(tmp_path):
+    done = run_script(
+        "tests/benchmark.py", "--size", "tiny", "--texts", "24", "--repeats", "1", "--methods", "lora",
+        "--only", "training", "--threads", "1", "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    markdown = (tmp_path / "benchmark.md").read_text(encoding="utf-8")
+    assert "; 24 texts of" in markdown and markdown in done.stdout
+    rows = rows_of(markdown)
+    recipe, ours = rows["published recipe, fp32"], rows["train.py, fp32"]
+    assert any(variant.startswith("Trainer at its best") for variant in rows)  # in bf16 where that is faster
+
+    # The same texts from the same weights, in another order: after six steps the losses differ by .01.
+    for loss in ("training loss", "validation loss"):
+        assert math.isclose(float(recipe[loss]), float(ours[loss]), abs_tol=0.04)
+    facts, *runs = map(json.loads, (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines())
+    computed = {tuple(run["variant"][2:]): run["tokens_computed"] for run in runs}
+    assert computed["published recipe", "fp32"] == 24 * 512
+    assert computed["train.py", "fp32"] == facts["facts"]["tokens"]  # not one of padding
+    left = {path.name for path in tmp_path.iterdir()} - {"benchmark.png"}  # which needs matplotlib
+    assert left == {"benchmark.md", "results.jsonl"}
+
+
+def test_evaluation_variants_give_the_same_logits(tmp_path):
+    """In this process, as new ones would spend half a minute on imports."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    args = benchmark.parse_args(
+        ["--texts", "24", "--only", "evaluation", "--scratch", str(scratch), "--output_dir", str(tmp_path)]
+    )
+    facts, results = benchmark.prepare(args), []
+    for variant in benchmark.variants(args, bf16=False):
+        result = benchmark.run_evaluation(args, *variant[2:]) | {"matmul": facts["matmul"]["fp32"]}
+        results.append({"variant": variant, "repetition": 0, **result})
+    rows = rows_of(benchmark.report(args, facts, results))
+    assert set(rows) == {"one text at a time, fp32", "Trainer.predict, fp32", "evaluate.py, fp32"}
+    assert all(float(row["largest logit difference"]) < 1e-4 for row in rows.values())
