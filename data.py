@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import gc
 import hashlib
 import inspect
 import json
@@ -87,14 +88,20 @@ def one_line_errors(main):
         try:
             return main(argv)
         except torch.OutOfMemoryError:
-            print("error: out of GPU memory: lower --max_length, or free some", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(130)
+            code, line = 2, "error: out of GPU memory: lower --max_length, or free some"
         except (InputError, OSError) as error:
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
-            sys.exit(2)
+            code, line = 2, f"error: {' '.join(str(error).split())}"
+        except KeyboardInterrupt:
+            code, line = 130, "interrupted"
+        except SystemExit as stopped:  # by the parser, or because a run was told to stop
+            code, line = stopped.code, None
+        finally:
+            if torch.cuda.is_initialized():  # a notebook's kernel lives on, and its GPU has other uses
+                gc.collect()
+                torch.cuda.empty_cache()
+        if line:  # out here the exception is gone, whose frames would keep the model in a notebook's memory
+            print(line, file=sys.stderr)
+        sys.exit(code)
 
     return wrapped
 

@@ -167,8 +167,9 @@ def predict(model, token_ids, device, description=None, process=0, processes=1):
     scored = []
     was_training = model.training
     model.eval()
-    hidden = process > 0 or description is None
-    with tqdm(total=len(token_ids), desc=description, unit=" texts", disable=hidden, leave=False) as bar:
+    # position 0: over train.py's bar and not under it, as a notebook does not understand "one line up".
+    options = {"disable": process > 0 or description is None, "leave": False, "position": 0}
+    with tqdm(total=len(token_ids), desc=description, unit=" texts", **options) as bar:
         for first in range(0, len(rows), processes):
             mine = first + process
             row = rows[min(mine, len(rows) - 1)]

@@ -174,7 +174,7 @@ class History:
         return lines
 
     def add_epoch(self, labels, logits):
-        """Add and return the row of the epoch that ends here: validation `labels` (n,) and `logits` (n, classes)."""
+        """Add the row of the epoch that ends here: validation `labels` (n,) and `logits` (n, classes)."""
         per_epoch = self.schedule.steps_per_epoch
         losses = [loss for loss, _ in self.steps[-per_epoch:]]
         sizes = [len(self.schedule.texts_of(step)) for step in range(per_epoch)]
@@ -185,7 +185,6 @@ class History:
             "accuracy": float((logits.argmax(1) == labels).mean()),
         }
         self.epochs.append(row)
-        return row
 
 
 # ---- precision and model -------------------------------------------------------------------------
@@ -530,10 +529,14 @@ def peak_memory_gib(device):
 
 @contextlib.contextmanager
 def deferred_signals():
-    """Collect SIGINT and SIGTERM in the list that it yields, so that a step can be finished before the end."""
+    """Collect SIGINT, SIGTERM and SIGHUP in the list that it yields, so that a step can be finished before the end."""
     received, before = [], {}
     if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-        for which in (signal.SIGINT, signal.SIGTERM):
+        signals = [signal.SIGINT, signal.SIGTERM]
+        # Stopping a notebook's `!` cell closes its terminal. Windows has no SIGHUP, and nohup's ignoring it stays.
+        if getattr(signal, "SIGHUP", None) and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signals.append(signal.SIGHUP)
+        for which in signals:
             before[which] = signal.signal(which, lambda which, frame: received.append(which))
     try:
         yield received
@@ -621,7 +624,7 @@ def train(args, accelerator, precision, folder, records, unfinished):
         print(f"{sizes} texts by the {args.protocol} protocol; {missing} were missing or empty")
         print(f"of the test texts, {seen} answer a question that is also in train, {copies} are copies of a train text")
         print(f"{schedule.total_steps} steps of {step_size} texts on {accelerator.num_processes} x {device.type}")
-        print(f"mixed precision {precision}")
+        print(f"mixed precision {precision}", flush=True)  # before the bar, in a notebook too
     keep_used_rows(args, model.classifier(), [ids for part in token_ids.values() for ids in part])
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -659,7 +662,8 @@ def train(args, accelerator, precision, folder, records, unfinished):
         torch.cuda.reset_peak_memory_stats()
     logits = None  # of the validation part, at the last epoch's end
     steps = range(first_step, schedule.total_steps)
-    bar = tqdm(steps, "train", schedule.total_steps, initial=first_step, disable=not is_main)
+    look = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # 80 columns, as a notebook's `!` has
+    bar = tqdm(steps, "train", schedule.total_steps, initial=first_step, disable=not is_main, bar_format=look)
     with deferred_signals() as signals:
         for step in bar:
             # ---- forward, backward
@@ -687,24 +691,27 @@ def train(args, accelerator, precision, folder, records, unfinished):
             # ---- evaluate
             if at_epoch_end:
                 logits = evaluate.predict(model, token_ids["validation"], device, "validation", **shared)
-                row = history.add_epoch(labels["validation"], logits)
-                if is_main:
-                    if row["epoch"] == 1 or done == first_step + schedule.steps_per_epoch:
-                        bar.write("Epoch  Training Loss  Validation Loss  Accuracy")
-                    columns = "{epoch:5d}  {training_loss:13.4f}  {validation_loss:15.4f}  {accuracy:8.4f}"
-                    bar.write(columns.format(**row))
-            for line in history.log_lines(done) if is_main else ():
-                with (unfinished / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(f"{json.dumps(line)}\n")
-                accelerator.log({name: value for name, value in line.items() if value is not None}, step=done)
+                history.add_epoch(labels["validation"], logits)
 
-            # ---- save, stop
+            # ---- save
             if saves and (stop or at_epoch_end or (args.save_steps and done % args.save_steps == 0)):
                 history.read(accelerator)
                 seconds = seconds_before + time.perf_counter() - started
                 values = {"steps": history.steps, "epochs": history.epochs, "micro_size": micro_size}
                 values |= {"seconds": seconds, "arguments": arguments}
                 save_state(state_path, accelerator, model, optimizer, values)
+
+            # ---- show, stop (after saving, because the terminal may be gone)
+            for line in history.log_lines(done) if is_main else ():
+                with (unfinished / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(f"{json.dumps(line)}\n")
+                accelerator.log({name: value for name, value in line.items() if value is not None}, step=done)
+            if at_epoch_end and is_main:
+                columns = "{epoch:5d}  {training_loss:13.4f}  {validation_loss:15.4f}  {accuracy:8.4f}"
+                with bar.external_write_mode():  # flushed before the bar is drawn anew, as a notebook has two streams
+                    if len(history.epochs) == 1 or done == first_step + schedule.steps_per_epoch:
+                        print("Epoch  Training Loss  Validation Loss  Accuracy")
+                    print(columns.format(**history.epochs[-1]), flush=True)
             if stop:
                 bar.close()
                 how = "the same command with --resume goes on" if saves else "nothing is saved with --save_steps 0"
