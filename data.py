@@ -106,6 +106,14 @@ def one_line_errors(main):
     return wrapped
 
 
+def check_gpu():
+    """Raise InputError where this PyTorch build has no kernels for the GPU, such as a P100 (6.0) under a recent one."""
+    name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    built_for = [int(re.sub(r"\D", "", arch)) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
+    if built_for and 10 * major + minor < min(built_for):
+        raise InputError(f"this PyTorch build has no kernels for {name}: choose another GPU, or an older torch")
+
+
 def one_line(error):
     """An exception of some library as one short line: its type, and the words of what lies at the bottom of it."""
     root = error

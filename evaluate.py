@@ -9,7 +9,7 @@ checkpoint says what else is needed: base model, data, split and its hash, max_l
 Written to the checkpoint's folder (or --output_dir): eval-<name>.json, predictions-<name>.jsonl, and with matplotlib
 report-<name>.png.
 
-    python evaluate.py --ckpt out/demo --predict tests/sample.csv --output out/labelled.jsonl     # any number of texts
+    python evaluate.py --ckpt out/demo --predict tests/texts.csv --output out/labelled.jsonl      # any number of texts
     python evaluate.py --ckpt out/demo --merge out/merged            # adapter and base as one plain transformers model
     python evaluate.py --compare out/a/predictions-test.jsonl out/b/predictions-test.jsonl        # are they different?
 """
@@ -613,6 +613,8 @@ def main(argv=None):
         print_comparison(compare(args.compare))
         return
     run = read_run(args.ckpt)
+    if PartialState().device.type == "cuda":
+        data.check_gpu()
     if args.merge:
         merge(args, run)
         return

@@ -210,6 +210,8 @@ def main(argv=None):
     tokenizer = data.load_tokenizer(folder)
     prompt = Prompt(tokenizer)
     device = PartialState().device
+    if device.type == "cuda":
+        data.check_gpu()
     bf16 = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     dtype = torch.bfloat16 if bf16 else torch.float16 if device.type == "cuda" else torch.float32
     model = data.load_model(transformers.AutoModelForCausalLM, folder, dtype).to(device).eval()

@@ -18,7 +18,6 @@ import functools
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -204,10 +203,8 @@ def choose_precision(asked):
     if launched != "no" and asked not in ("auto", launched):
         raise InputError(f"--mixed_precision {asked}, but accelerate launch asks for {launched}: give one of the two")
     if not cpu:
+        data.check_gpu()
         name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-        built_for = [int(re.sub(r"\D", "", arch)) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
-        if built_for and 10 * major + minor < min(built_for):  # such as a P100 (6.0) under a recent build
-            raise InputError(f"this PyTorch build has no kernels for {name}: choose another GPU, or an older torch")
     if asked != "auto":
         chosen, why = asked, "asked for"
     elif launched != "no":
