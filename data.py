@@ -47,11 +47,18 @@ class InputError(ValueError):
     """The user's input cannot be used; the message says in one line what is wrong and what to do."""
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults, less those that say nothing."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line, without the usage text."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, formatter_class=HelpFormatter)
 
     def error(self, message):
         self.exit(2, f"error: {' '.join(message.split())} (--help lists the options)\n")
@@ -741,13 +748,17 @@ def audit(records, labels, output_dir):
     print(f"written to {output_dir}: predictions-<protocol>-<rule>.jsonl")
 
 
-@one_line_errors
-def main(argv=None):
+def parse_args(argv=None):
     parser = ArgumentParser(__doc__.splitlines()[0])
     add_data_options(parser)
     parser.add_argument("--audit", action="store_true", help="show what leaks and what shortcuts score (scikit-learn)")
     parser.add_argument("--output_dir", type=folder, default=Path("out/audit"), help="folder for --audit's predictions")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+@one_line_errors
+def main(argv=None):
+    args = parse_args(argv)
     import datasets
 
     records = load_hc3(args.data)

@@ -43,7 +43,7 @@ def parse_args(argv=None):
     add, count = parser.add_argument, data.number(int, 0, 2**31)
     add("--ckpt", help="folder that train.py wrote")
     add("--split", choices=["train", "validation", "test", "all"], help="part to score (test, or with --data all)")
-    add("--data", nargs="+", metavar="SOURCE", help="other subsets or .jsonl files to score than the run's own")
+    add("--data", nargs="+", metavar="SOURCE", help="other subsets or files to score than the run's own")
     one = parser.add_mutually_exclusive_group().add_argument
     one("--text", help="print label and probability of this text")
     one("--example", type=count, metavar="N", help="print example N of the part, with its prediction")

@@ -113,7 +113,6 @@ def notebook(tmp_path_factory):
     )
     environment = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",  # as accelerate launch sets it
         "PIP_NO_INDEX": "1",
         **{f"JUPYTER_{kind}_DIR": str(tmp_path_factory.mktemp("jupyter")) for kind in ("CONFIG", "DATA", "RUNTIME")},
         "IPYTHONDIR": str(tmp_path_factory.mktemp("ipython")),
