@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -183,6 +184,27 @@ def test_signal_finishes_the_step_and_saves(signal_number, small_data, tmp_path)
     logged = (tmp_path / "out" / "unfinished" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line)["step"] for line in logged if "loss" in json.loads(line)]
     assert steps == list(range(10, len(state["steps"]) + 1, 10))
+
+
+def test_closed_terminal_saves(small_data, tmp_path):
+    """What stopping a notebook's `!` cell comes to, or a broken ssh: the step ends and is saved, with nowhere to print.
+
+    One step an epoch, so that there would be a line to print after it.
+    """
+    pty = pytest.importorskip("pty")
+    argv = arguments(small_data, tmp_path / "out", "--lora", "--epochs", "500", "--batch_size", "75")
+    process, terminal = pty.fork()
+    if not process:
+        os.execv(sys.executable, [sys.executable, str(ROOT / "train.py"), *argv])
+    printed = b""
+    while b"mixed precision" not in printed:  # the last line before the bar, which a terminal without a size hides
+        printed += os.read(terminal, 4096)
+    while not (tmp_path / "out" / "unfinished" / "metrics.jsonl").exists():  # the last file before the first step
+        time.sleep(0.05)
+    time.sleep(0.2)
+    os.close(terminal)
+    os.waitpid(process, 0)
+    assert len(torch.load(tmp_path / "out" / "unfinished" / "state.pt", weights_only=True)["steps"]) >= 1
 
 
 def test_resume_of_another_run_is_refused(small_data, tmp_path, capsys):
