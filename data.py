@@ -69,7 +69,7 @@ def number(kind, low, high=math.inf):
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or math.isinf(value):
+        if not low <= value <= high or value == math.inf:
             most = f" and at most {high}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} is not at least {low}{most}")
         return value
@@ -133,13 +133,13 @@ def write_atomically(path, content):
     """Write `content`, bytes or a str as UTF-8, to `path` so that the file appears whole or not at all."""
     temporary = Path(f"{path}.tmp")
     try:
-        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        temporary.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # when the disk was full, say
 
 
-# ---- records: one question with its human and its ChatGPT answers --------------------------------
+# ---- records: one question with its human and its ChatGPT answers, or a text with its label ------
 
 
 def cache_folder():
@@ -213,12 +213,12 @@ def read_rows(path):
                 yield number, parse_json(line)
         return
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.DictReader(file)
+        rows = csv.DictReader(file, strict=True)  # else a quote that is never closed swallows the rest of the file
         try:
             for row in rows:
                 if None in row or None in row.values():
                     row = f"has not the {len(rows.fieldnames)} fields of the header: quote texts that hold commas"
-                elif any("\udc80" <= character <= "\udcff" for character in "".join(row.values())):
+                elif re.search("[\udc80-\udcff]", "".join(row.values())):
                     row = "is not UTF-8: save the file as UTF-8"
                 yield rows.line_num, row
         except csv.Error as error:
@@ -252,8 +252,8 @@ def read_records(path):
             raise InputError(f"{where} {row}")
         if "text" in row and "label" in row:
             text, label = row["text"], row["label"]
-            own = {"text": text, "label": str(label), "question": row.get("question") or text}
-            if not isinstance(label, str | int) or not own["label"].strip():
+            own = {"text": text, "label": str(label).strip(), "question": row.get("question") or text}
+            if not isinstance(label, str | int) or isinstance(label, bool) or not own["label"]:
                 raise InputError(f"{where}: label is neither a name nor a whole number")
             if wrong := [name for name, value in own.items() if not isinstance(value, str)]:
                 raise InputError(f"{where}: {wrong[0]} is not a string")
@@ -317,14 +317,17 @@ def class_names(records):
     names |= set(LABELS) if any("label" not in record for record in records) else set()
     if names <= set(LABELS):
         return LABELS
-    return tuple(sorted(names, key=int if all(name.isdecimal() for name in names) else None))
+    if len(names) == 1:
+        raise InputError(f"all texts have the label {names.pop()!r}: two labels at least are needed")
+    return tuple(sorted(sorted(names), key=int if all(name.isdecimal() for name in names) else None))
 
 
 def make_examples(records, protocol="seed", labels=LABELS):
     """The first non-empty answer of each kind as one example, or your own text; returns (examples, number missing).
 
-    An example is a dict of `text`, `label` (index into `labels`), `question` and `subset`. HC3's records with both
-    answers give rows 2i (human) and 2i + 1 (ChatGPT). Raises InputError where a label is none of `labels`.
+    An example is a dict of `text`, `label` (index into `labels`), `question`, `subset` and `hc3` (whether it is HC3's).
+    HC3's records with both answers give rows 2i (human) and 2i + 1 (ChatGPT). Raises InputError where a label is none
+    of `labels`.
     """
     examples, missing, index_of = [], 0, {label: index for index, label in enumerate(labels)}
     for record in records:
@@ -332,7 +335,7 @@ def make_examples(records, protocol="seed", labels=LABELS):
         given = {k: record[field] for k, field in ANSWERS.items()} if hc3 else {record["label"]: [record["text"]]}
         for label, answers in given.items():
             if label not in index_of:
-                source, known = record["subset"], ", ".join(labels)
+                source, known = record["subset"], ", ".join(labels[:9])
                 raise InputError(f"{source} has the label {label!r}, which is none of the model's: {known}")
             answers = (a if protocol == "seed" else normalise(a) for a in answers if a)
             text = next((a for a in answers if a.strip()), None)
@@ -340,7 +343,7 @@ def make_examples(records, protocol="seed", labels=LABELS):
                 missing += 1
             else:
                 example = {"text": text, "label": index_of[label]}
-                examples.append(example | {"question": record["question"], "subset": record["subset"]})
+                examples.append(example | {"question": record["question"], "subset": record["subset"], "hc3": hc3})
     return examples, missing
 
 
@@ -366,7 +369,7 @@ def split_examples(examples, protocol="seed", labels=LABELS):
         if len(examples) < 10:
             raise InputError(f"{len(examples)} texts cannot be split 8:1:1: at least 10 are needed")
         rows = datasets.Dataset.from_dict({"row": range(len(examples))}).shuffle(seed=SPLIT_SEED)
-        if tuple(labels) == LABELS:
+        if all(example["hc3"] for example in examples):
             rows = rows.select(range(min(SEED_ROWS, len(examples))))
         train = rows.train_test_split(train_size=0.8, seed=SPLIT_SEED)
         held_out = train["test"].train_test_split(train_size=0.5, seed=SPLIT_SEED)
@@ -384,7 +387,7 @@ def split_examples(examples, protocol="seed", labels=LABELS):
         if not parts[part]:
             raise InputError(f"the {part} part of these {len(examples)} texts is empty: more questions are needed")
     if lacking := sorted(set(range(len(labels))) - {example["label"] for example in parts["train"]}):
-        names = ", ".join(labels[label] for label in lacking)
+        names = ", ".join(labels[label] for label in lacking[:9])
         raise InputError(f"the training part holds no text with the label {names}: more texts are needed")
     return parts
 
@@ -480,7 +483,7 @@ def pack(token_ids, device="cpu"):
 
 
 def to_device(tensor, device):
-    """A copy on the device that the host does not wait for, so that it builds a batch while the GPU is at the last."""
+    """The tensor on the device, without waiting for it: the host builds a batch while the GPU is at the last."""
     pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
     return pinned.to(device, non_blocking=True)
 
@@ -491,6 +494,8 @@ def packed_attention(module, query, key, value, attention_mask, lengths, cu_seql
     `query` (1, heads, T, head_dim), `key` and `value` (1, kv_heads, T, head_dim), `lengths` and `cu_seqlens` as made by
     `pack`. Returns (1, T, heads, head_dim) and no attention weights.
     """
+    if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
+        raise InputError("this model caps its attention, or has attention sinks, which is not supported: use another")
     window = kwargs.get("sliding_window")  # a token sees itself and the window - 1 tokens before it
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     half = dtype in (torch.bfloat16, torch.float16)
@@ -522,14 +527,17 @@ def varlen_attention():
         from torch.nn.attention.varlen import varlen_attn  # imported here: it costs more than a second
     except ImportError:
         return None
-    with_windows = "window_size" in inspect.signature(varlen_attn).parameters
-    return varlen_attn if with_windows and torch.cuda.get_device_capability() >= (8, 0) else None
+    usable = "window_size" in inspect.signature(varlen_attn).parameters
+    usable = usable and torch.backends.cuda.is_flash_attention_available()  # some builds lack it
+    return varlen_attn if usable and torch.cuda.get_device_capability() >= (8, 0) else None
 
 
 def register_packed_attention(model):
     """Make a transformers model attend as `packed_attention` does."""
     transformers.AttentionInterface.register("packed", packed_attention)
     model.set_attn_implementation("packed")
+    if model.config._attn_implementation != "packed":
+        raise InputError(f"{type(model).__name__} has an attention of its own: use a decoder such as Qwen1.5")
 
 
 class PackedClassifier(torch.nn.Module):
@@ -655,8 +663,10 @@ def save_predictions(path, examples, labels, predictions, logits=None, probabili
 # ---- python data.py -------------------------------------------------------------------------------
 
 
+# The options that several scripts share, with their defaults in one place.
+
+
 def add_source_option(parser):
-    """The options that several scripts share, with their defaults in one place."""
     help_text = f"{', '.join(SUBSETS)}, all, or .jsonl or .csv files; your own with text, label"
     parser.add_argument("--data", nargs="+", default=["baike"], metavar="SOURCE", help=help_text)
 

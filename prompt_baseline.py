@@ -206,12 +206,12 @@ def main(argv=None):
         examples, validation = (evaluate.parts_to_score(run, split=part)[0][1] for part in ("test", "validation"))
     else:
         examples, validation = question_examples(data.load_hc3(args.data), args.questions)
-    folder = data.fetch_model(args.model, args.hub)
-    tokenizer = data.load_tokenizer(folder)
-    prompt = Prompt(tokenizer)
     device = PartialState().device
     if device.type == "cuda":
         data.check_gpu()
+    folder = data.fetch_model(args.model, args.hub)
+    tokenizer = data.load_tokenizer(folder)
+    prompt = Prompt(tokenizer)
     bf16 = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     dtype = torch.bfloat16 if bf16 else torch.float16 if device.type == "cuda" else torch.float32
     model = data.load_model(transformers.AutoModelForCausalLM, folder, dtype).to(device).eval()

@@ -70,7 +70,7 @@ def parse_args(argv=None):
     add("--seed", type=data.number(int, 0, 2**31), default=233, help="of head, order and dropout; not of the split")
     add("--save_steps", type=data.number(int, 0), help="save state so often, not just every epoch; 0: never at all")
     trackers = "wandb and swanlab: offline unless WANDB_API_KEY or SWANLAB_API_KEY is set"
-    add("--report_to", choices=["none", *TRACKERS], default="none", help=trackers)
+    add("--report_to", choices=TRACKERS, help=f"log to a tracker too; {trackers}")
     add("--resume", action="store_true", help="go on with the unfinished run in output_dir")
     add("--overwrite", action="store_true", help="discard an unfinished run in output_dir")
     return parser.parse_args(argv)
@@ -194,9 +194,7 @@ def choose_precision(asked):
 
     Raises InputError where two explicit choices differ, or where the hardware cannot do it.
     """
-    launched = os.environ.get(
-        "ACCELERATE_MIXED_PRECISION", "no"
-    )  # a bare launch exports "no" too, so "no" says nothing
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # a bare launch exports "no", which says nothing
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if launched not in ("no", "bf16", "fp16"):
         raise InputError(f"accelerate launch asks for {launched} precision: use no, bf16 or fp16")
@@ -229,8 +227,8 @@ class UsedRows(torch.nn.Embedding):
 
     def __init__(self, embedding, used, keep_whole):
         """`used`: int64 (rows,), sorted token ids. `keep_whole`: keep the other rows too, on the CPU, to be saved."""
-        slots = torch.zeros(embedding.num_embeddings, dtype=torch.int64)
-        slots[used] = torch.arange(len(used))
+        slots = torch.full((embedding.num_embeddings,), -1, dtype=torch.int32)  # -1: looking it up fails
+        slots[used] = torch.arange(len(used), dtype=torch.int32)
         padding = embedding.padding_idx  # the row that never gets a gradient
         padding = int(slots[padding]) if padding is not None and padding in used else None
         whole = embedding.weight.detach()
@@ -383,8 +381,8 @@ def prepared_output(args, accelerator):
 
 def deciding(arguments):
     """Of a run's arguments (dict) those that decide what is learned."""
-    others = {"output_dir", "save_steps", "resume", "overwrite", "auto_batch_size", "gradient_checkpointing", "hub"}
-    return {name: value for name, value in arguments.items() if name not in others | {"report_to"}}
+    others = ("output_dir", "save_steps", "resume", "overwrite", "auto_batch_size", "gradient_checkpointing", "hub")
+    return {name: value for name, value in arguments.items() if name not in (*others, "report_to")}
 
 
 def move_up(unfinished):
@@ -568,11 +566,10 @@ def start_tracker(accelerator, args):
 def main(argv=None):
     args = parse_args(argv)
     precision, why = choose_precision(args.mixed_precision)
-    if args.report_to != "none" and (args.report_to not in LOGGER_TYPE_TO_CLASS or not find_spec(args.report_to)):
+    if args.report_to and (args.report_to not in LOGGER_TYPE_TO_CLASS or not find_spec(args.report_to)):
         raise InputError(f"--report_to {args.report_to} needs: pip install -U accelerate {args.report_to}")
     AcceleratorState._reset_state()  # a second main() in one notebook kernel may want another precision
-    log_with = None if args.report_to == "none" else args.report_to
-    accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_dir=args.output_dir)
+    accelerator = Accelerator(mixed_precision=precision, log_with=args.report_to, project_dir=args.output_dir)
     check_processes(accelerator, args)
     with accelerator.main_process_first():  # which downloads, so that the others find the files
         folder, records = data.fetch_model(args.model, args.hub), data.load_hc3(args.data)
@@ -630,7 +627,10 @@ def train(args, accelerator, precision, folder, records, unfinished):
     # ---- resume
     history, micro_size, seconds_before = History(schedule), args.batch_size, 0.0
     state_path = unfinished / "state.pt"
-    decided = {"mixed_precision": accelerator.mixed_precision, "data_sha256": data.hash_examples(parts["train"])}
+    decided = {
+        "mixed_precision": accelerator.mixed_precision,
+        "data_sha256": data.hash_examples(parts["train"] + parts["validation"]),
+    }
     arguments = deciding(vars(args)) | decided
     if args.resume and state_path.is_file():
         state = load_state(state_path, accelerator, model, optimizer, arguments)
@@ -646,7 +646,7 @@ def train(args, accelerator, precision, folder, records, unfinished):
         before = [line for done in range(1, first_step + 1) for line in history.log_lines(done)]
         data.write_atomically(unfinished / "metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in before))
 
-    if args.report_to != "none":
+    if args.report_to:
         start_tracker(accelerator, args)
 
     # ---- train

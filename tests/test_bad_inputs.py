@@ -115,6 +115,7 @@ BAD_DATA = [
 BAD_TABLES = [  # (what is wrong with a user's own file, the file, words)
     ("no label", jsonl([{"text": "a"}]), ["line 1", "'text'", "text, label"]),
     ("a label that is a fraction", jsonl([{"text": "a", "label": 0.5}]), ["line 1", "label", "whole number"]),
+    ("a label that is true", jsonl([{"text": "a", "label": True}]), ["line 1", "label", "name"]),
     ("a label that is null", jsonl([{"text": "a", "label": None}]), ["line 1", "label", "name"]),
     ("a label that is empty", jsonl([{"text": "a", "label": " "}]), ["line 1", "label", "name"]),
     ("a text that is a number", jsonl([{"text": 1, "label": "a"}]), ["line 1", "text is not a string"]),
@@ -129,6 +130,12 @@ BAD_CSVS = [
     ("a comma in a text", "text,label\na,b,c\n", ["line 2", "2 fields of the header", "quote"]),
     ("a field too few", "text,label\na,b\n\nc\n", ["line 4", "2 fields of the header"]),
     ("GBK", "text,label\n你好,a\n".encode("gbk"), ["line 2", "UTF-8"]),
+    (
+        "a quote that is never closed, in the last column",
+        'label,text\na,"b\n' + "c,d\n" * 40,
+        ["bad.csv", "CSV", "quote"],
+    ),
+    ("one label", "text,label\n" + "a,spam\n" * 40, ["'spam'", "two labels"]),
     ("a quote that is never closed", 'text,label\n"a,b\n' + "c,d\n" * 40_000, ["bad.csv", "CSV", "quote"]),
 ]
 
@@ -356,6 +363,8 @@ ROWS += [
      ["out.jsonl", "other lines", "choose another"]),
     ("--predict: --output is a user's own file", {"texts.jsonl": TEXTS, "mine.txt": "precious"}, f"{PREDICT} mine.txt",
      ["mine.txt", "other lines"]),
+    ("--predict: --output has chunks more", {"texts.jsonl": TEXTS, "out.jsonl": LABELLED * 1500}, f"{PREDICT} out.jsonl",
+     ["out.jsonl", "other lines"]),
     ("--predict: --output has more lines", {"texts.jsonl": TEXTS, "out.jsonl": LABELLED * 9}, f"{PREDICT} out.jsonl",
      ["out.jsonl", "other lines"]),
     ("--merge of what is no adapter", {"tiny/run.json": json.dumps(FULL_RUN)},

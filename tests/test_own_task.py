@@ -109,6 +109,15 @@ def test_names_of_labels(tmp_path):
     assert names(10, 2, 1) == ("1", "2", "10")
     assert names("b", "a", "c") == ("a", "b", "c")
     assert names("chatgpt", "human") == names("chatgpt") == data.LABELS
+    assert names(" b", "a ", "b") == ("a", "b")
+    assert names("01", "1") == ("01", "1")
+
+
+def test_own_rows_of_any_label_are_all_used(tmp_path):
+    """The published protocol's 5,000 rows are HC3's; more detector data of one's own is not cut."""
+    rows = [{"text": f"t{i}", "label": data.LABELS[i % 2]} for i in range(5500)]
+    examples, _ = data.make_examples(data.load_hc3([write_csv(tmp_path / "own.csv", rows)]))
+    assert sum(map(len, data.split_examples(examples).values())) == 5500
 
 
 def test_rows_of_one_question_stay_together(tmp_path):
@@ -192,6 +201,20 @@ def test_predict_goes_on_with_what_is_there(three_classes, texts_file, tmp_path,
     assert part.read_bytes() == whole.read_bytes()
     assert sum(scored) <= 150, "lines that were there must not all be made anew"
     capsys.readouterr()
+
+
+def test_predict_does_not_go_on_with_other_labels(three_classes, texts_file, tmp_path, capsys):
+    """A label that this checkpoint does not give, at the same probability: the output is another's, and is kept."""
+    _, out = three_classes
+    output = tmp_path / "labels.jsonl"
+    last = predict(out, texts_file, output)[-1]["label"]
+    lines = output.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines[-1] = lines[-1].replace(last, next(topic for topic in TOPICS if topic != last))
+    output.write_text("".join(lines), encoding="utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        predict(out, texts_file, output)
+    assert stopped.value.code == 2 and "holds other lines" in capsys.readouterr().err
+    assert output.read_text(encoding="utf-8") == "".join(lines)
 
 
 def test_predict_killed_and_called_again(three_classes, tmp_path, capsys):

@@ -6,7 +6,7 @@ from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification as SequenceClassifier
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import BloomConfig, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 import data
 
@@ -109,6 +109,18 @@ def test_pack_can_be_unpacked(texts):
     assert [part.tolist() for part in row.split(batch["lengths"])] == texts
     assert [part.tolist() for part in positions.split(batch["lengths"])] == [list(range(len(ids))) for ids in texts]
     assert row[batch["cu_seqlens"][1:] - 1].tolist() == [ids[-1] for ids in texts]
+
+
+REFUSED = {
+    "an attention of its own": BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4),
+    "caps its attention": Gemma2Config(**SIZE, attn_logit_softcapping=1.0),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_attention_that_packing_cannot_replace_is_refused(reason):
+    with pytest.raises(data.InputError, match=reason):
+        data.PackedClassifier(SequenceClassifier.from_config(REFUSED[reason]))(**data.pack([[1, 2, 3]]))
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------
