@@ -35,6 +35,7 @@ LABELS = tuple(ANSWERS)  # label 0, label 1; your own task has its own
 FIELDS = ("question", *ANSWERS.values())
 EXPECTED = f"{', '.join(FIELDS)} (HC3) or text, label (your own)"  # what an error message asks for
 PARTS = ("train", "validation", "test")
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --mixed_precision
 PROTOCOLS = ("seed", "strict")  # see split_examples
 SPLIT_SEED = 233  # of the published results; the split never follows --seed, so that runs differ by training alone
 SEED_ROWS = 5000  # the published protocol draws this many of its 9,234 texts

@@ -620,7 +620,7 @@ def main(argv=None):
         raise InputError("--text is empty")
     if args.example is not None and args.example >= len(parts[0][1]):
         raise InputError(f"--example {args.example}: {parts[0][0]} has the examples 0 to {len(parts[0][1]) - 1}")
-    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
+    dtype = data.DTYPES[args.mixed_precision]
     model, tokenizer, run = load_checkpoint(args.ckpt, dtype, PartialState().device, args.model, args.hub)
     max_length = run["max_length"] if args.max_length is None else args.max_length
     if args.predict:

@@ -242,9 +242,8 @@ class UsedRows(torch.nn.Embedding):
 
 def build_model(args, folder, tokenizer, precision, labels=data.LABELS):
     """The classifier to train. LoRA holds its frozen base in the compute dtype; every trainable tensor is float32."""
-    dtypes = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     # Full fine-tuning keeps float32 weights: in bf16 most of its small updates would round away.
-    model = data.load_classifier(folder, tokenizer, dtypes[precision] if args.lora else torch.float32, labels)
+    model = data.load_classifier(folder, tokenizer, data.DTYPES[precision] if args.lora else torch.float32, labels)
     model.name_or_path = model.config.name_or_path = args.model  # not the hub's cache folder, which differs elsewhere
     model.get_input_embeddings().requires_grad_(not args.freeze_embedding)
     if args.gradient_checkpointing:
