@@ -52,7 +52,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults, less those that say nothing."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -223,7 +223,8 @@ def read_rows(path):
                     row = "is not UTF-8: save the file as UTF-8"
                 yield rows.line_num, row
         except csv.Error as error:
-            raise InputError(f"{path}, line {rows.line_num} is not CSV ({error}): is a quote never closed?") from None
+            where = f"{path}, the row from line {rows.line_num + 1} on"  # line_num is the end of the row before
+            raise InputError(f"{where} is not CSV ({error}): is a quote never closed?") from None
 
 
 def parse_json(line):

@@ -14,13 +14,13 @@ report-<name>.png.
     python evaluate.py --compare out/a/predictions-test.jsonl out/b/predictions-test.jsonl        # are they different?
 """
 
-import contextlib
 import io
 import itertools
 import json
 import math
 import os
 import shutil
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -77,7 +77,11 @@ def read_run(ckpt):
     """The run.json of a checkpoint, with what the scripts rely on checked. Raises InputError."""
     path = Path(ckpt) / "run.json"
     if not path.is_file():
-        hint = "train.py did not finish there" if (Path(ckpt) / "unfinished").is_dir() else "not written by train.py"
+        hint = (
+            "train.py did not finish there, --resume goes on"
+            if (Path(ckpt) / "unfinished").is_dir()
+            else "not written by train.py"
+        )
         raise InputError(f"{ckpt} holds no finished run (no run.json: {hint})")
     try:
         run = {"temperature": 1.0, "threshold": None} | json.loads(path.read_text(encoding="utf-8"))
@@ -205,9 +209,13 @@ def bootstrap_interval(values, groups, draws=2000):
     """95 % percentile interval of the mean of `values` (n,), whole groups (questions) resampled with replacement.
 
     Two answers to one question are not independent, so questions are drawn and not texts (Efron and Tibshirani, 1993).
+    Where all of `values` are right, or none, the exact binomial interval for so many questions.
     """
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     total, size = np.bincount(group, values), np.bincount(group)
+    if values.dtype == bool and (values.all() or not values.any()):  # then nothing that is drawn differs
+        bound = 0.025 ** (1 / len(size))  # Clopper and Pearson, 1934
+        return [bound, 1.0] if values.all() else [0.0, 1 - bound]
     drawn = np.random.default_rng(0).multinomial(len(size), np.full(len(size), 1 / len(size)), draws)  # (draws, groups)
     return [float(bound) for bound in np.percentile(drawn @ total / (drawn @ size), [2.5, 97.5])]
 
@@ -247,6 +255,8 @@ def fit_calibration(labels, logits):
     """
     grid = np.geomspace(0.1, 10, 463)
     temperature = float(min(grid, key=lambda t: negative_log_likelihood(labels, logits / t)))
+    if len(labels) < 100 or temperature in (grid[0], grid[-1]):  # few texts, or all of them right, tell nothing
+        temperature = 1.0
     negative = np.sort(softmax(logits / temperature)[labels == 0, 1])
     enough = len(negative) >= 100 and logits.shape[1] == 2
     threshold = float(negative[-1 - len(negative) // 100]) if enough else None
@@ -441,7 +451,11 @@ def parts_to_score(run, sources=None, split=None):
     """List of (name, examples): the run's own part, checked against the hash in run.json, or each of `sources`."""
     protocol, labels = run["split"]["protocol"], run["labels"]
     if not sources:
-        examples, _ = data.make_examples(data.load_hc3(run["data"]), protocol, labels)
+        try:
+            records = data.load_hc3(run["data"])
+        except InputError as error:
+            raise InputError(f"{error} (run.json names its data as seen from where train.py ran)") from None
+        examples, _ = data.make_examples(records, protocol, labels)
         parts = data.split_examples(examples, protocol, labels)
         wanted = parts if split == "all" else [split or "test"]
         for part in wanted:
@@ -491,10 +505,11 @@ def score(name, examples, model, tokenizer, run, max_length, output_dir):
     data.save_predictions(path, examples, labels, predictions, logits, probabilities)
     text = json.dumps(result, indent=1, ensure_ascii=False)
     data.write_atomically(output_dir / f"eval-{name}.json", text)
-    picture = ""
-    with contextlib.suppress(ImportError):  # matplotlib is optional
+    try:
         plot_report(output_dir / f"report-{name}.png", result, true, logits)
         picture = f", report-{name}.png"
+    except ImportError:
+        picture = " (for pictures: pip install matplotlib)"
     print(f"written to {output_dir}: eval-{name}.json, predictions-{name}.jsonl{picture}")
 
 
@@ -548,6 +563,8 @@ def label_file(source, output, model, tokenizer, run, max_length):
         first = max(0, done - 1) // CHUNK * CHUNK  # where the chunk with the last of them begins
         rows = itertools.islice(data.read_rows(source), first, None)
         file.seek(0)
+        if done:
+            bar.write(f"{done} of {total} rows are labelled in {output} already", file=sys.stderr)
         errors = sum(line.startswith(b'{"error"') for line in itertools.islice(file, first))
         bar.initial = bar.n = first
         while chunk := list(itertools.islice(rows, CHUNK)):
@@ -638,6 +655,8 @@ def main(argv=None):
         print(f"【预测{verdict}!】Label: {label}, Pred_Label: {predicted}\nText: {example['text']}")
         return
     print(describe(model, run))
+    if args.data and args.split in (None, "all") and set(args.data) & set(run["data"]):
+        print("note: this data is what the run was trained on: --split test scores what it was not trained on")
     output_dir = args.output_dir or Path(args.ckpt)
     if not args.output_dir and not os.access(output_dir, os.W_OK):  # such as /kaggle/input
         output_dir = Path(".")

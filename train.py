@@ -2,7 +2,7 @@
 
     accelerate launch train.py --lora                    # Qwen1.5-0.5B on HC3-Chinese baike, on one GPU
     accelerate launch train.py --output_dir out/full     # the same, training every weight
-    accelerate launch train.py --lora --model tests/tiny-qwen --data tests/sample.jsonl --output_dir out/demo
+    python train.py --lora --model tests/tiny-qwen --data tests/sample.jsonl --learning_rate 2e-3 --output_dir out/demo
 
 The first two download the model and the data once; the third is offline and takes half a minute on two CPU cores.
 Each leaves a checkpoint that tells `python evaluate.py --ckpt <output_dir>` where base model and data come from.
@@ -62,13 +62,17 @@ def parse_args(argv=None):
     add("--gradient_accumulation_steps", type=positive, default=1, help="micro-batches in a step")
     add("--auto_batch_size", action="store_true", help="when out of memory, halve the micro-batch and keep the step")
     add("--learning_rate", type=data.number(float, 1e-12), default=5e-5, help="peak; falls linearly to 0")
-    add("--warmup_ratio", type=data.number(float, 0, 1), default=0.0, help="share of the steps in which it rises")
-    add("--weight_decay", type=data.number(float, 0), default=0.0, help="AdamW's")
+    add("--warmup_ratio", type=data.number(float, 0, 1), default=0.0, help="share of the steps in which the rate rises")
+    add("--weight_decay", type=data.number(float, 0), default=0.0, help="weight decay of AdamW")
     add("--max_grad_norm", type=data.number(float, 1e-12), default=1.0, help="gradients are clipped to this norm")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--mixed_precision", choices=["auto", "no", "bf16", "fp16"], default="auto", help="compute dtype")
     add("--seed", type=data.number(int, 0, 2**31), default=233, help="of head, order and dropout; not of the split")
-    add("--save_steps", type=data.number(int, 0), help="save state so often, not just every epoch; 0: never at all")
+    add(
+        "--save_steps",
+        type=data.number(int, 0),
+        help="save state every so many steps too, and not just every epoch; 0: never",
+    )
     trackers = "wandb and swanlab: offline unless WANDB_API_KEY or SWANLAB_API_KEY is set"
     add("--report_to", choices=TRACKERS, help=f"log to a tracker too; {trackers}")
     add("--resume", action="store_true", help="go on with the unfinished run in output_dir")
@@ -362,6 +366,8 @@ def prepared_output(args, accelerator):
             ours = unfinished.exists() or (output_dir / "run.json").exists()
             if not ours and any((output_dir / name).exists() for name in ("config.json", "adapter_config.json")):
                 raise InputError(f"--output_dir {output_dir} holds a model of other origin: choose another folder")
+            if (output_dir / "run.json").exists() and not args.resume:
+                print(f"{output_dir} holds a finished run, which this one will replace when it has finished too")
         accelerator.wait_for_everyone()
         finished = args.resume and not unfinished.exists() and (output_dir / "run.json").exists()
         if finished:
@@ -747,12 +753,15 @@ def train(args, accelerator, precision, folder, records, unfinished):
             "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "numpy")},
         }
         finish(unfinished, run, accelerator, logits, token_ids["validation"], labels["validation"])
-        with contextlib.suppress(ImportError):  # matplotlib is optional
+        hint = ""
+        try:
             plot_curves(unfinished)
+        except ImportError:
+            hint = " (for pictures: pip install matplotlib)"
         move_up(unfinished)
         memory = f"peak memory {peak:.2f} GiB, " if peak else ""
         print(f"{seconds:.1f} s of training, {memory}validation accuracy {run['validation']['accuracy']:.4f}")
-        print(f"saved to {args.output_dir}; next: python evaluate.py --ckpt {args.output_dir}")
+        print(f"saved to {args.output_dir}{hint}; next: python evaluate.py --ckpt {args.output_dir}")
     accelerator.wait_for_everyone()
 
 

@@ -439,8 +439,9 @@ def report(args, facts, results):
         figure = Figure(figsize=(9, 1 + 0.3 * len(bars)), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
         axes[0].invert_yaxis()
-        for column, heading in ((1, "times the texts/s of the first of its kind"), (2, "peak memory, GiB")):
-            axes[column - 1].barh([bar[0] for bar in bars], [bar[column] for bar in bars])
+        colors = ["tab:orange" if f": {OURS}" in bar[0] or f": {OUR_PREDICT}" in bar[0] else "tab:gray" for bar in bars]
+        for column, heading in ((1, "speed, times the first of its kind"), (2, "peak memory, GiB")):
+            axes[column - 1].barh([bar[0] for bar in bars], [bar[column] for bar in bars], color=colors)
             axes[column - 1].set_xlabel(heading)
         figure.savefig(args.output_dir / "benchmark.png", dpi=110)
     return text
