@@ -20,7 +20,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -564,7 +563,7 @@ def label_file(source, output, model, tokenizer, run, max_length):
         rows = itertools.islice(data.read_rows(source), first, None)
         file.seek(0)
         if done:
-            bar.write(f"{done} of {total} rows are labelled in {output} already", file=sys.stderr)
+            bar.write(f"{done} of {total} rows are in {output} already")
         errors = sum(line.startswith(b'{"error"') for line in itertools.islice(file, first))
         bar.initial = bar.n = first
         while chunk := list(itertools.islice(rows, CHUNK)):
