@@ -291,6 +291,8 @@ def load_hc3(sources):
         path = fetch_subset(source) if source in SUBSETS else Path(source)
         if path.is_dir():
             raise InputError(f"{source!r} is a folder: give the .jsonl or .csv files in it")
+        if path.suffix.lower() in (".xlsx", ".xls"):
+            raise InputError(f"{source!r} is an Excel file: save it as .csv (UTF-8)")
         if not path.is_file():
             raise InputError(f"no file {source!r}, and the subsets are {', '.join(SUBSETS)}, all")
         subset = source if source in SUBSETS else path.stem

@@ -34,6 +34,7 @@ import data
 from data import InputError
 
 CHUNK = 1024  # rows that --predict reads and writes at a time
+CHINESE_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC")
 LENGTH_EDGES = (32, 64, 128, 256, 512)  # tokens, between the buckets of "accuracy by length"
 
 
@@ -505,7 +506,11 @@ def score(name, examples, model, tokenizer, run, max_length, output_dir):
     text = json.dumps(result, indent=1, ensure_ascii=False)
     data.write_atomically(output_dir / f"eval-{name}.json", text)
     try:
-        plot_report(output_dir / f"report-{name}.png", result, true, logits)
+        from matplotlib import font_manager, rc_context
+
+        fonts = [font for font in CHINESE_FONTS if font in font_manager.get_font_names()]  # for Chinese class names
+        with rc_context({"font.family": [*fonts, "DejaVu Sans"]}):
+            plot_report(output_dir / f"report-{name}.png", result, true, logits)
         picture = f", report-{name}.png"
     except ImportError:
         picture = " (for pictures: pip install matplotlib)"

@@ -147,6 +147,7 @@ ROWS += [
     ("no such subset", {}, "train.py --data biake", ["'biake'", "subsets are baike"]),
     ("a folder as data", {"dir/": ""}, "train.py --data dir", ["dir", "is a folder", ".jsonl"]),
     ("an empty name", {}, "train.py --data ''", ["''"]),
+    ("an Excel file", {"my.xlsx": "PK"}, "train.py --data my.xlsx", ["my.xlsx", "Excel", ".csv"]),
     ("the second file is missing", {}, "train.py --data good.jsonl gone.jsonl", ["gone.jsonl"]),
     ("questions too few for whole ones", {"bad.jsonl": jsonl(RECORDS[:2])},
      "train.py --data bad.jsonl --protocol strict", ["part", "is empty", "more questions"]),
