@@ -77,11 +77,8 @@ def read_run(ckpt):
     """The run.json of a checkpoint, with what the scripts rely on checked. Raises InputError."""
     path = Path(ckpt) / "run.json"
     if not path.is_file():
-        hint = (
-            "train.py did not finish there, --resume goes on"
-            if (Path(ckpt) / "unfinished").is_dir()
-            else "not written by train.py"
-        )
+        stopped = (Path(ckpt) / "unfinished").is_dir()
+        hint = "train.py did not finish there, --resume goes on" if stopped else "not written by train.py"
         raise InputError(f"{ckpt} holds no finished run (no run.json: {hint})")
     try:
         run = {"temperature": 1.0, "threshold": None} | json.loads(path.read_text(encoding="utf-8"))
@@ -557,13 +554,14 @@ def label_file(source, output, model, tokenizer, run, max_length):
         raise InputError(f"{source} has no rows with a text in its beginning: a column or field `text` is needed")
     if output.exists() and output.samefile(source):
         raise InputError("--output is the file that is read: choose another")
+    other = f"{output} holds other lines than this checkpoint's about {source}: choose another"
     total = sum(1 for _ in data.read_rows(source))
     output.parent.mkdir(parents=True, exist_ok=True)
     output.touch()
     with output.open("r+b") as file, tqdm(total=total, desc="predict", unit=" texts") as bar:
         done = sum(line.endswith(b"\n") for line in file)
         if done > total:
-            raise InputError(f"{output} holds other lines than this checkpoint's about {source}: choose another")
+            raise InputError(other)
         first = max(0, done - 1) // CHUNK * CHUNK  # where the chunk with the last of them begins
         rows = itertools.islice(data.read_rows(source), first, None)
         file.seek(0)
@@ -575,7 +573,7 @@ def label_file(source, output, model, tokenizer, run, max_length):
             results, start = label_rows(chunk, model, tokenizer, run, max_length), file.tell()
             lines = list(itertools.islice(file, CHUNK))
             if len(lines) > len(chunk) or not all(map(same_result, lines, results)):
-                raise InputError(f"{output} holds other lines than this checkpoint's about {source}: choose another")
+                raise InputError(other)
             file.seek(start)
             file.truncate()
             file.writelines(json.dumps(result, ensure_ascii=False).encode() + b"\n" for result in results)
@@ -585,7 +583,7 @@ def label_file(source, output, model, tokenizer, run, max_length):
     print(f"{total} rows, {errors} of them without a label (their `error` says why); written to {output}")
 
 
-def merge(args, run):
+def merge(args, run, device):
     """Write adapter and base as one transformers model with its tokenizer and run.json, and see that it says the same.
 
     The merge is done in float32. Raises InputError where the logits differ by more than float32 rounding explains.
@@ -594,9 +592,7 @@ def merge(args, run):
         raise InputError(f"{args.ckpt} is no adapter: it is a whole transformers model already")
     if args.merge.exists() and any(args.merge.iterdir()):
         raise InputError(f"--merge {args.merge} is not empty: choose another folder")
-    options = {"device": PartialState().device, "model": args.model, "hub": args.hub}
-    adapted, tokenizer, _ = load_checkpoint(args.ckpt, **options, merge=False)
-    device = adapted.device
+    adapted, tokenizer, _ = load_checkpoint(args.ckpt, device=device, model=args.model, hub=args.hub, merge=False)
     probe = np.random.default_rng(0).integers(0, adapted.classifier().config.vocab_size, (16, 64)).tolist()
     expected = predict(adapted, probe, device)
     folder = Path(f"{args.merge}.unfinished")
@@ -631,10 +627,11 @@ def main(argv=None):
         print_comparison(compare(args.compare))
         return
     run = read_run(args.ckpt)
-    if PartialState().device.type == "cuda":
+    device = PartialState().device
+    if device.type == "cuda":
         data.check_gpu()
     if args.merge:
-        merge(args, run)
+        merge(args, run, device)
         return
     parts = parts_to_score(run, args.data, args.split) if args.text is None and not args.predict else []
     if args.text is not None and not args.text.strip():
@@ -642,7 +639,7 @@ def main(argv=None):
     if args.example is not None and args.example >= len(parts[0][1]):
         raise InputError(f"--example {args.example}: {parts[0][0]} has the examples 0 to {len(parts[0][1]) - 1}")
     dtype = data.DTYPES[args.mixed_precision]
-    model, tokenizer, run = load_checkpoint(args.ckpt, dtype, PartialState().device, args.model, args.hub)
+    model, tokenizer, run = load_checkpoint(args.ckpt, dtype, device, args.model, args.hub)
     max_length = run["max_length"] if args.max_length is None else args.max_length
     if args.predict:
         label_file(args.predict, args.output, model, tokenizer, run, max_length)
