@@ -5,8 +5,8 @@
     python prompt_baseline.py --model tests/tiny-qwen --ckpt out/demo --method logprob   # on a checkpoint's test texts
 
 The first downloads the model once; the second takes seconds, and gives the published 26/60. The third shows the path
-offline: the tiny base cannot chat, so its figure means nothing. Written to --output_dir: replies.jsonl (--replay reads
-it) and predictions-prompt.jsonl (`evaluate.py --compare` reads it).
+offline: the tiny base cannot chat, so its figure (50 of 60 on the synthetic sample) tells nothing of chat models.
+Written to --output_dir: replies.jsonl (--replay reads it) and predictions-prompt.jsonl (`evaluate.py --compare` does).
 """
 
 import json
