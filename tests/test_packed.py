@@ -1,12 +1,23 @@
 """The packed batch gives each text the logits it has alone, and the library's own."""
 
+import sys
+import types
+
 import pytest
 import torch
-from conftest import TINY
+from conftest import SAMPLE, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification as SequenceClassifier
-from transformers import BloomConfig, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 import data
 
@@ -27,6 +38,7 @@ CONFIGS = {
     "qwen3": Qwen3Config(**SIZE),
     "llama": LlamaConfig(**SIZE),
     "mistral with a window": MistralConfig(**SIZE, sliding_window=5),
+    "gemma3 with a window": Gemma3TextConfig(**SIZE, sliding_window=5, query_pre_attn_scalar=8),
 }
 
 
@@ -75,12 +87,14 @@ def test_tiny_qwen_lora_packed_equals_library():
 
     tokenizer = data.load_tokenizer(str(TINY))
     torch.manual_seed(0)
-    model = data.load_classifier(str(TINY), tokenizer)
+    model = data.load_classifier(TINY, tokenizer, data.LABELS, new_head=0)
     model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj", "o_proj"]))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # starts at zero, and then the adapter would be invisible
             torch.nn.init.normal_(parameter, std=0.1)
-    texts = data.tokenize(tokenizer, ["总之，需要注意的是…", "我上次在家就这么弄的 没啥问题", "a<|endoftext|>", "短"])
+    texts = data.tokenize(tokenizer, ["总之，需要注意的是…", "我上次在家就这么弄的 没啥问题", "a<|endoftext|>", "短"])[
+        0
+    ]
     expected = library_logits(model.eval(), texts)
     packed = data.PackedClassifier(model)
     with torch.no_grad():
@@ -93,8 +107,7 @@ def test_gradient_checkpointing_changes_nothing():
         torch.manual_seed(0)
         model = SequenceClassifier.from_config(CONFIGS["qwen2"])
         if checkpointing:
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         data.PackedClassifier(model)(**data.pack(random_texts([7, 12]))).sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
@@ -112,7 +125,7 @@ def test_pack_can_be_unpacked(texts):
 
 
 REFUSED = {
-    "an attention of its own": BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4),
+    "a custom attention": BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4),
     "caps its attention": Gemma2Config(**SIZE, attn_logit_softcapping=1.0),
 }
 
@@ -121,6 +134,29 @@ REFUSED = {
 def test_attention_that_packing_cannot_replace_is_refused(reason):
     with pytest.raises(data.InputError, match=reason):
         data.PackedClassifier(SequenceClassifier.from_config(REFUSED[reason]))(**data.pack([[1, 2, 3]]))
+
+
+SIGNATURES = {  # of PyTorch's kernel, and whether it has what packing needs
+    "2.10": (lambda q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, scale=None: None, False),
+    "2.11": (lambda q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale=None, window_size=(-1, -1): None, False),
+    "2.13": (lambda q, k, v, *bounds, scale=None, window_size=(-1, -1), enable_gqa=False: None, True),
+}
+
+
+@pytest.mark.parametrize("release", SIGNATURES)
+def test_kernel_is_used_only_if_it_takes_every_argument(release, monkeypatch):
+    """PyTorch 2.11's varlen_attn has no `enable_gqa`: a forward pass with it would end in a TypeError."""
+    stub, expected = SIGNATURES[release]
+    module = types.ModuleType("torch.nn.attention.varlen")
+    module.varlen_attn = stub
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    data.varlen_attention.cache_clear()
+    try:
+        assert (data.varlen_attention() is stub) == expected
+    finally:
+        data.varlen_attention.cache_clear()
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------
@@ -151,24 +187,28 @@ def test_one_kernel_equals_attention_text_by_text(window, kv_heads, monkeypatch)
 
 
 @needs_gpu
-def test_a_step_does_not_wait_for_the_gpu():
-    """Between two reads of the loss the host only issues work, so that it builds batches while the GPU computes."""
-    from accelerate import Accelerator
-
+def test_a_step_does_not_wait_for_the_gpu(tmp_path, monkeypatch):
+    """Between two reads of the loss the CPU only issues work, so that it builds batches while the GPU computes."""
     import train
 
-    args = train.parse_args(["--lora", "--model", str(TINY)])
-    accelerator = Accelerator(mixed_precision="bf16")
-    model = train.build_model(args, str(TINY), data.load_tokenizer(str(TINY)), "bf16")
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trainable, fused=True))
-    token_ids, labels = [[5, 6, 7], [8, 9], [10]], [0, 1, 0]
-    for mode in ("default", "error"):  # the first step allocates what later ones find
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
-            train.accumulate(accelerator, model, token_ids, labels, [0, 1, 2], 2)
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    reading, steps = train.read_steps, []
+
+    def read(*arguments):  # the one place that may wait
+        torch.cuda.set_sync_debug_mode("default")
+        return reading(*arguments)
+
+    def clip(*arguments, clip=torch.nn.utils.clip_grad_norm_):
+        steps.append(1)
+        if len(steps) == 2:  # the first step allocates what later ones find
+            torch.cuda.set_sync_debug_mode("error")
+        return clip(*arguments)
+
+    monkeypatch.setattr(train, "read_steps", read)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    try:
+        train.main(
+            ["--lora", "--model", str(TINY), "--data", str(SAMPLE), "--output_dir", str(tmp_path), "--epochs", "1"]
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(steps) > train.LOG_EVERY

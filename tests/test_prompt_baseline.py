@@ -23,7 +23,7 @@ def test_published_replies_give_the_published_figure(capsys):
     assert lines[13] == "Test NO.12: response=[chatgpt,human] acc=(11/26)"
     assert lines[30] == "Test NO.29: response=[人类,人类] acc=(26/60)"
     assert "Test准确率：acc=0.43333333333333335" in lines
-    assert lines[-1].startswith("26 of 60 right; 0 replies")
+    assert lines[-1].startswith("26 of 60 correct; 0 replies")
 
 
 @pytest.mark.parametrize(
@@ -63,11 +63,10 @@ def test_questions_are_the_published_ones():
     """Of 4,617 questions the first of the 20 % test part; nothing of the other part."""
     import datasets
 
-    records = [
-        {"question": f"q{i}", "human_answers": [f"h{i}"], "chatgpt_answers": [f"c{i}"], "subset": "s"}
-        for i in range(4617)
+    examples = [
+        {"question": f"q{i}", "text": f"{kind}{i}", "source": "s", "row": i} for i in range(4617) for kind in "hc"
     ]
-    test, validation = prompt_baseline.question_examples(records, 30)
+    test, validation = prompt_baseline.question_examples(examples, 30)
     rows = datasets.Dataset.from_dict({"i": range(4617)}).train_test_split(train_size=0.8, seed=233)["test"]["i"][:30]
     assert [example["text"] for example in test] == [f"{kind}{row}" for row in rows for kind in "hc"]
     assert len(validation) == 60

@@ -1,21 +1,18 @@
 """What is learned depends on the arguments alone, and not on interruptions, processes or micro-batches."""
 
 import json
-import math
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
-import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate.utils import DistributedType
 from conftest import ROOT, SAMPLE, SHARED, TINY, run_script
 from safetensors.torch import load_file
 
@@ -32,7 +29,7 @@ def small_data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "small.jsonl"
     lines = SAMPLE.read_text(encoding="utf-8").splitlines()[:47]
     path.write_text("\n".join(lines), encoding="utf-8")
-    assert len(data.split_examples(data.make_examples(data.load_hc3([str(path)]))[0])["train"]) == 75
+    assert len(data.split_examples(data.load_examples([str(path)])[0])["train"]) == 75
     return path
 
 
@@ -78,19 +75,20 @@ MOMENTS = [
     ("torch.optim.AdamW.step", 2, "after"),
     ("evaluate.predict", 1, "before"),  # at an epoch's end
     ("evaluate.predict", 1, "after"),
-    ("train.History.log_lines", 4, "after"),
+    ("train.read_steps", 2, "after"),
     ("torch.save", 2, "half"),
     ("os.replace", 3, "after"),
     ("torch.nn.functional.cross_entropy", 5, "after"),
     ("evaluate.predict", 1, "after"),
     ("torch.save", 1, "after"),
-    ("train.save_checkpoint", 1, "before"),  # trained, but nothing exported
-    ("train.save_checkpoint", 1, "after"),
+    ("evaluate.save_model", 1, "before"),  # trained, but nothing exported
+    ("evaluate.save_model", 1, "after"),
+    ("transformers.PreTrainedTokenizerBase.save_pretrained", 1, "before"),  # half of it is exported
     ("evaluate.load_checkpoint", 1, "after"),  # exported, but not checked
-    ("evaluate.fit_calibration", 1, "after"),
-    ("train.move_up", 1, "before"),
-    ("os.replace", 5, "after"),  # while the files are moved up
-    ("os.replace", 2, "after"),  # and again, while the rest of them is
+    ("train.fit_calibration", 1, "after"),
+    ("train.plot_curves", 1, "before"),
+    ("train.plot_curves", 1, "after"),
+    ("data.write_atomically", 2, "before"),  # checked, but run.json is not written
 ]
 
 
@@ -140,7 +138,7 @@ def processes():
     def run(moment, argv):
         process = context.Process(target=train_until, args=(moment, argv))
         process.start()
-        process.join(120)
+        process.join(1200)  # generous: the machine may be busy
         return process.exitcode
 
     return run
@@ -162,105 +160,71 @@ def test_killed_and_resumed_equals_uninterrupted(kind, small_data, tmp_path, pro
     for folder in (whole, killed):
         evaluate.main(["--ckpt", str(folder)])
     assert (whole / "predictions-test.jsonl").read_bytes() == (killed / "predictions-test.jsonl").read_bytes()
-    assert not (killed / "unfinished").exists()
+    assert {path.name for path in whole.iterdir()} == {path.name for path in killed.iterdir()}
+    assert not (killed / "state.pt").exists()
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_finishes_the_step_and_saves(signal_number, small_data, tmp_path):
-    """A polite end of the real process: exit code 143 or 130, how to go on, and a state to go on from."""
-    argv = arguments(small_data, tmp_path / "out", "--lora", "--epochs", "500")
-    with subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
-        for line in process.stderr:
-            if "%" in line and "texts/s" in line:  # the bar moves
-                process.send_signal(signal_number)
-                break
-        last = process.stderr.read()
-    assert process.returncode == 128 + signal_number
-    assert "--resume goes on" in last and "Traceback" not in last
-    state = torch.load(tmp_path / "out" / "unfinished" / "state.pt", weights_only=True)
-    assert len(state["steps"]) >= 10
-    logged = (tmp_path / "out" / "unfinished" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [json.loads(line)["step"] for line in logged if "loss" in json.loads(line)]
-    assert steps == list(range(10, len(state["steps"]) + 1, 10))
+def everything_in(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
-def test_closed_terminal_saves(small_data, tmp_path):
-    """What stopping a notebook's `!` cell comes to, or a broken ssh: the step ends and is saved, with nowhere to print.
-
-    One step an epoch, so that there would be a line to print after it.
-    """
-    pty = pytest.importorskip("pty")
-    argv = arguments(small_data, tmp_path / "out", "--lora", "--epochs", "500", "--batch_size", "75")
-    process, terminal = pty.fork()
-    if not process:
-        os.execv(sys.executable, [sys.executable, str(ROOT / "train.py"), *argv])
-    printed = b""
-    while b"mixed precision" not in printed:  # the last line before the bar, which a terminal without a size hides
-        printed += os.read(terminal, 4096)
-    while not (tmp_path / "out" / "unfinished" / "metrics.jsonl").exists():  # the last file before the first step
-        time.sleep(0.05)
-    time.sleep(0.2)
-    os.close(terminal)
-    os.waitpid(process, 0)
-    assert len(torch.load(tmp_path / "out" / "unfinished" / "state.pt", weights_only=True)["steps"]) >= 1
-
-
-def test_resume_of_another_run_is_refused(small_data, tmp_path, capsys):
+def test_finished_run_is_never_lost(small_data, tmp_path, capsys):
+    """Without --overwrite nothing is touched; --resume says that the run has finished, or which arguments differ."""
     argv = arguments(small_data, tmp_path / "out", "--lora", "--epochs", "1")
-    unfinished = tmp_path / "out" / "unfinished"
     train.main(argv)
-    unfinished.mkdir()  # as an interrupted second run leaves it
-    state = {"arguments": {"batch_size": 4, "lora_r": 16}, "model": {}, "optimizer": {}, "scaler": {}}
-    torch.save(state, unfinished / "state.pt")
-    with pytest.raises(SystemExit) as stopped:
-        train.main([*argv, "--resume"])
-    assert stopped.value.code == 2 and "lora_r was 16 and is 8" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
+    before = everything_in(tmp_path)
+    for more, words in (
+        ([], "holds a finished run: --overwrite deletes it"),
+        (["--resume", "--epochs", "3"], "changed: epochs (was 1, now 3)"),
+        (["--resume", "--learning_rate", "1e-4"], "changed: learning_rate (was 0.002, now 0.0001)"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            train.main([*argv, *more])
+        assert stopped.value.code == 2 and words in capsys.readouterr().err
+        assert everything_in(tmp_path) == before
+    train.main([*argv, "--resume"])  # as a script that always says --resume does
+    assert "has finished: there is nothing to resume" in capsys.readouterr().out
+    assert everything_in(tmp_path) == before
+
+
+def test_unfinished_run_is_resumed_or_overwritten(small_data, tmp_path, capsys, monkeypatch):
+    argv = arguments(small_data, tmp_path / "out", "--lora", "--epochs", "1", "--save_steps", "3")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(evaluate, "predict", lambda *_: (_ for _ in ()).throw(RuntimeError("power cut")))
         train.main(argv)
-    assert "--resume continues, --overwrite discards it" in capsys.readouterr().err
-    evaluate.read_run(tmp_path / "out")  # the finished run is still there
+    before = everything_in(tmp_path)
+    for more, words in (
+        ([], "holds an unfinished run: --resume continues it, --overwrite deletes it"),
+        (["--resume", "--lora_r", "16"], "changed: lora_r (was 8, now 16)"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            train.main([*argv, *more])
+        assert stopped.value.code == 2 and words in capsys.readouterr().err
+        assert everything_in(tmp_path) == before
     train.main([*argv, "--overwrite"])
-    assert not unfinished.exists()
+    assert "continuing after" not in capsys.readouterr().out
+    assert not (tmp_path / "out" / "state.pt").exists() and evaluate.read_run(tmp_path / "out")
 
 
 def test_resume_without_state_starts_at_the_beginning(small_data, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").touch()  # as a run leaves it that is killed in its first steps
     train.main(arguments(small_data, tmp_path / "out", "--lora", "--epochs", "1", "--resume", "--save_steps", "0"))
-    assert "nothing saved yet: starting at the beginning" in capsys.readouterr().out
-    argv = arguments(small_data, tmp_path / "out", "--lora", "--epochs", "1", "--resume")
-    before = results_of(tmp_path / "out")
-    train.main(argv)  # as a script that always says --resume does
-    assert "has finished: there is nothing to resume" in capsys.readouterr().out
-    assert results_of(tmp_path / "out") == before
+    assert "no saved state: starting at the beginning" in capsys.readouterr().out
 
 
-def test_two_runs_into_one_folder(small_data, tmp_path, capsys):
-    """The second is refused whatever it is told, and does not disturb the first."""
-    argv = arguments(small_data, tmp_path / "out", "--lora", "--epochs", "500")
-    command = [sys.executable, str(ROOT / "train.py"), *argv]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr:
-            if "texts/s" in line:
-                break
-        for more in ([], ["--resume"], ["--overwrite"]):
-            with pytest.raises(SystemExit) as stopped:
-                train.main([*argv, *more])
-            assert stopped.value.code == 2 and "another run is writing to" in capsys.readouterr().err
-        process.kill()
-    with pytest.raises(SystemExit):
-        train.main(argv)  # the lock went with its process
-    assert "an unfinished run is in" in capsys.readouterr().err
+class Scaled:
+    """An accelerator with the fp16 scaler, which accelerate has on a GPU only."""
+
+    scaler = torch.amp.GradScaler("cpu")
 
 
-def test_scaler_skips_are_counted_and_other_overflows_stop():
-    """A gradient that is not finite is the fp16 scaler's business, which skips that step, and otherwise an error."""
-    schedule = train.Schedule(texts=40, step_size=2, epochs=1, seed=0, learning_rate=1.0, warmup_ratio=0.0)
+def test_scaler_skips_steps_and_many_in_a_row_end_the_run():
+    """A gradient that overflows in fp16 leaves the weights as they are; that is an error only if it goes on and on."""
     weight = torch.nn.Parameter(torch.ones(3))
-    optimizer, scaler = torch.optim.AdamW([weight], fused=True), torch.amp.GradScaler("cpu")
-    accelerator = train.Accelerator()
-    history = train.History(schedule)
-    for step in range(10):
+    optimizer, scaler = torch.optim.AdamW([weight], fused=True), Scaled.scaler
+    steps = []
+    for step in range(5):
         before = weight.detach().clone()
         scaler.scale(weight.sum() * (float("inf") if step == 3 else 1.0)).backward()
         scaler.unscale_(optimizer)
@@ -269,15 +233,12 @@ def test_scaler_skips_are_counted_and_other_overflows_stop():
         scaler.update()
         optimizer.zero_grad()
         assert torch.equal(before, weight) == (step == 3)
-        history.pending.append(torch.stack([torch.tensor(0.5), norm]))
-    accelerator.scaler = scaler
-    history.read(accelerator)
-    (line,) = history.log_lines(10)
-    assert line["skipped_steps"] == 1 and math.isfinite(line["grad_norm"])
-    accelerator.scaler = None
-    history.pending.append(torch.tensor([0.5, float("inf")]))
-    with pytest.raises(data.InputError, match=r"step 11 gave loss 0\.5 and gradient norm inf"):
-        history.read(accelerator)
+        steps.append([0.5, norm.item()])
+        train.check_finite(steps, Scaled, lambda step: "")
+    overflow = [[float("nan"), float("inf")]]
+    train.check_finite([*steps, *overflow * train.MAX_SKIPPED], Scaled, lambda step: "")
+    with pytest.raises(data.InputError, match=r"step 6 gave loss nan .* --mixed_precision bf16 or no"):
+        train.check_finite([*steps, *overflow * (train.MAX_SKIPPED + 1)], Scaled, lambda step: "")
 
 
 @pytest.mark.parametrize(
@@ -298,7 +259,7 @@ def test_full_disk(size, more, small_data, tmp_path, capsys):
             train.main(argv)
         line = capsys.readouterr().err.splitlines()[-1]
         assert stopped.value.code == 2 and line.startswith("error: ")
-        assert ("no room in" if not more else "cannot save to") in line
+        assert "cannot save to" in line and "make room" in line
         assert not (disk / "out" / "run.json").exists()
         if more[:1] == ["--epochs"]:
             (disk / "filler").unlink()
@@ -333,7 +294,7 @@ def assert_same_losses(first, second):
     )
     assert [line.keys() for line in first] == [line.keys() for line in second]
     for one, other in zip(first, second, strict=True):
-        assert one == pytest.approx(other, abs=1e-5)
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
 
 
 def launch(*torchrun, argv):
@@ -349,11 +310,12 @@ def test_two_processes_equal_one(small_data, tmp_path):
     argv = ["--lora", "--lora_dropout", "0", "--epochs", "1", "--batch_size", "2", "--gradient_accumulation_steps", "4"]
     train.main(arguments(small_data, tmp_path / "one", *argv))
     process = launch("--standalone", "--nproc_per_node", "2", argv=arguments(small_data, tmp_path / "two", *argv))
-    printed = process.communicate(timeout=240)[0]
+    printed = process.communicate()[0]
     assert process.returncode == 0, printed
     assert "2 x cpu" in printed and printed.count("trainable params") == 1
-    assert_same_weights(tmp_path / "one", tmp_path / "two", 1e-5)
-    assert_same_losses(tmp_path / "one", tmp_path / "two")
+    # AdamW turns rounding into steps of up to the learning rate; one text left out changes weights by 1e-2.
+    assert_same_weights(tmp_path / "one", tmp_path / "two", 1e-3)
+    assert_same_losses(tmp_path / "one", tmp_path / "two")  # with gradient norms, which AdamW would hide
     one, two = (evaluate.read_run(tmp_path / name) for name in ("one", "two"))
     assert one["validation"]["accuracy"] == two["validation"]["accuracy"]
     assert two["processes"] == 2
@@ -367,9 +329,10 @@ def test_two_machines_equal_one(small_data, tmp_path):
     nodes = [
         launch(*node, "--node_rank", str(rank), argv=arguments(small_data, tmp_path / "two", *argv)) for rank in (0, 1)
     ]
-    printed = [process.communicate(timeout=240)[0] for process in nodes]
+    printed = [process.communicate()[0] for process in nodes]
     assert [process.returncode for process in nodes] == [0, 0], printed
-    assert_same_weights(tmp_path / "one", tmp_path / "two", 1e-5)
+    assert_same_weights(tmp_path / "one", tmp_path / "two", 1e-3)
+    assert_same_losses(tmp_path / "one", tmp_path / "two")
 
 
 def test_lost_processes_are_told(small_data, tmp_path, monkeypatch, capsys):
@@ -380,30 +343,45 @@ def test_lost_processes_are_told(small_data, tmp_path, monkeypatch, capsys):
     assert "do not see each other" in capsys.readouterr().err
 
 
+def test_sharding_is_refused(small_data, tmp_path, monkeypatch, capsys):
+    """accelerate makes FSDP of a GPU run only, so this stands in for it."""
+    monkeypatch.setattr(AloneAccelerator, "distributed_type", DistributedType.FSDP)
+    monkeypatch.setattr(train, "Accelerator", AloneAccelerator)
+    with pytest.raises(SystemExit):
+        train.main(arguments(small_data, tmp_path / "out", "--lora"))
+    assert "FSDP is not supported" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_processes_wait_long_enough(monkeypatch):
+    """NCCL gives up after ten minutes; the main process may download or check the checkpoint for longer."""
+    options = {}
+    monkeypatch.setattr(AloneAccelerator, "__init__", lambda self, **given: options.update(given))
+    monkeypatch.setattr(train, "Accelerator", AloneAccelerator)
+    train.make_accelerator(train.parse_args([]), "no")
+    timeout, ddp = (handler.to_kwargs() for handler in options["kwargs_handlers"])
+    assert timeout["timeout"].total_seconds() >= 3600 and ddp == {"broadcast_buffers": False}
+
+
 class AloneAccelerator:
     """What `accelerate launch --multi_gpu` gives without GPUs: world size 2 outside, one process inside."""
 
     num_processes, process_index, is_main_process, device = 1, 0, True, torch.device("cpu")
+    distributed_type = DistributedType.NO
 
     def __init__(self, **options):
         pass
 
 
 def test_schedule_is_pure_and_complete():
-    schedule = train.Schedule(texts=75, step_size=8, epochs=2, seed=1, learning_rate=1.0, warmup_ratio=0.1)
-    assert (schedule.steps_per_epoch, schedule.total_steps) == (10, 20)
-    epochs = [[schedule.texts_of(step) for step in range(first, first + 10)] for first in (0, 10)]
+    epochs = [[train.texts_of(step, 75, 8, seed=1) for step in range(first, first + 10)] for first in (0, 10)]
     for steps in epochs:
         assert sorted(text for texts in steps for text in texts) == list(range(75))
         assert [len(texts) for texts in steps] == [8] * 9 + [3]
     assert epochs[0] != epochs[1]
-    rates = [schedule.rate_of(step) for step in range(21)]
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    from transformers import get_linear_schedule_with_warmup
-
-    reference = get_linear_schedule_with_warmup(optimizer, 2, 20)
-    for rate in rates:
-        assert rate == pytest.approx(reference.get_last_lr()[0])
+    reference = transformers.get_linear_schedule_with_warmup(optimizer, 2, 20)
+    for step in range(21):
+        assert train.learning_rate_of(step, 20, 1.0, 0.1) == pytest.approx(reference.get_last_lr()[0])
         optimizer.step()
         reference.step()
 
@@ -417,38 +395,19 @@ def test_one_seed_is_bit_equal_and_another_differs(small_data, tmp_path):
         assert_same_weights(tmp_path / "a", tmp_path / "c")
 
 
-def test_out_of_memory_halves_the_micro_batch(small_data, tmp_path, monkeypatch, capsys):
-    """The effective batch and so the result stay; without --auto_batch_size one line says what to do."""
-    argv = ["--lora", "--lora_dropout", "0", "--epochs", "1", "--batch_size", "16", "--learning_rate", "1e-5"]
-    train.main(arguments(small_data, tmp_path / "whole", *argv))
-    forward = data.PackedClassifier.forward
+def test_out_of_memory_is_one_line(small_data, tmp_path, monkeypatch, capsys):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def small_memory(self, input_ids, position_ids, cu_seqlens, lengths):
-        logits = forward(self, input_ids, position_ids, cu_seqlens, lengths)
-        if self.training and len(lengths) > 5:  # as on a GPU, in the backward pass
-            logits.register_hook(out_of_memory)
-            held.append(weakref.ref(logits))
-        elif self.training:
-            assert all(logits() is None for logits in held), "the failed attempt must be gone before the next"
-        return logits
-
-    def out_of_memory(gradient):
-        raise torch.OutOfMemoryError("too many texts for this test")
-
-    held = []
-
-    monkeypatch.setattr(data.PackedClassifier, "forward", small_memory)
-    train.main(arguments(small_data, tmp_path / "halved", *argv, "--auto_batch_size"))
-    printed = capsys.readouterr()
-    assert "micro-batches of 4, still 16 texts a step" in printed.out + printed.err
-    assert_same_weights(tmp_path / "whole", tmp_path / "halved", 1e-6)
+    monkeypatch.setattr(data.PackedClassifier, "forward", out_of_memory)
     with pytest.raises(SystemExit) as stopped:
-        train.main(arguments(small_data, tmp_path / "stopped", *argv))
-    assert stopped.value.code == 2 and "out of memory with 16 texts at once" in capsys.readouterr().err
+        train.main(arguments(small_data, tmp_path / "out", "--lora"))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and "out of GPU memory: lower --batch_size" in line
 
 
 def test_loss_that_is_not_finite_stops_the_run(small_data, tmp_path, monkeypatch, capsys):
-    """The step and its texts are named, and the state saved before is kept."""
+    """The step and the beginning of a text are named, the state saved before is kept, and the advice works."""
     forward, calls = data.PackedClassifier.forward, []
 
     def poisoned(self, **batch):
@@ -460,11 +419,16 @@ def test_loss_that_is_not_finite_stops_the_run(small_data, tmp_path, monkeypatch
     with pytest.raises(SystemExit) as stopped:
         train.main(argv)
     line = capsys.readouterr().err.splitlines()[-1]
-    schedule = train.Schedule(75, 4, 2, 233, 2e-3, 0.0)
-    assert stopped.value.code == 2 and "step 15 gave loss nan" in line and str(schedule.texts_of(14)) in line
-    state = torch.load(tmp_path / "out" / "unfinished" / "state.pt", weights_only=True)
+    text = data.split_examples(data.load_examples([str(small_data)])[0])["train"][train.texts_of(14, 75, 4, 233)[0]][
+        "text"
+    ]
+    assert stopped.value.code == 2 and "step 15 gave loss nan" in line and data.short(text) in line
+    assert "start again with --overwrite and a lower --learning_rate" in line
+    state = torch.load(tmp_path / "out" / "state.pt", weights_only=True)
     assert len(state["steps"]) == 12
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    monkeypatch.undo()
+    train.main([*argv, "--overwrite", "--learning_rate", "1e-4", "--epochs", "1"])
 
 
 # ---- precision ------------------------------------------------------------------------------------
@@ -473,16 +437,15 @@ def test_loss_that_is_not_finite_stops_the_run(small_data, tmp_path, monkeypatch
 def test_precision_choices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    assert train.choose_precision("auto") == ("no", "no CUDA device")
-    assert train.choose_precision("bf16") == ("bf16", "asked for")
+    assert data.choose_precision("auto") == ("no", "no GPU")
+    assert data.choose_precision("bf16") == ("bf16", "as asked")
     with pytest.raises(data.InputError, match="fp16 needs a GPU"):
-        train.choose_precision("fp16")
+        data.choose_precision("fp16")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what a bare accelerate launch exports
-    assert train.choose_precision("bf16")[0] == "bf16"
+    assert data.choose_precision("auto")[0] == "no" and data.choose_precision("bf16")[0] == "bf16"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert train.choose_precision("auto") == ("bf16", "asked for by accelerate launch")
-    with pytest.raises(data.InputError, match="give one of the two"):
-        train.choose_precision("no")
+    assert data.choose_precision("auto") == ("bf16", "as accelerate launch says")
+    assert data.choose_precision("no") == ("no", "as asked")
 
 
 @pytest.mark.parametrize(
@@ -503,9 +466,9 @@ def test_precision_by_hardware(name, capability, built_for, expected, monkeypatc
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
     if expected is None:
         with pytest.raises(data.InputError, match="no kernels for Tesla P100"):
-            train.choose_precision("auto")
+            data.choose_precision("auto")
     else:
-        assert train.choose_precision("auto")[0] == expected
+        assert data.choose_precision("auto")[0] == expected
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
@@ -513,7 +476,7 @@ def test_precision_by_hardware(name, capability, built_for, expected, monkeypatc
 def test_dtypes(precision, lora):
     """Under LoRA the frozen base has the compute dtype; whatever is trained is float32, the head too."""
     args = train.parse_args(["--model", str(TINY), *(["--lora"] if lora else [])])
-    model = train.build_model(args, str(TINY), data.load_tokenizer(str(TINY)), precision)
+    model = train.build_model(args, TINY, data.load_tokenizer(TINY), precision)
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
     frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
     assert trained == {torch.float32}
@@ -524,7 +487,10 @@ def test_dtypes(precision, lora):
 @pytest.mark.parametrize("kind", [["--lora"], []], ids=["lora", "full"])
 def test_bf16_learns_what_fp32_learns(kind, small_data, tmp_path):
     tokenizer, base = data.load_tokenizer(str(TINY)), tmp_path / "base"
-    for part in (tokenizer, data.load_classifier(str(TINY), tokenizer)):  # with a head, as torch 2.6 draws one of
+    for part in (
+        tokenizer,
+        data.load_classifier(TINY, tokenizer, data.LABELS, new_head=0),
+    ):  # with a head, as torch 2.6 draws one of
         part.save_pretrained(base)  # other numbers in bf16
     more = ["--model", base, "--epochs", "1", "--batch_size", "16", "--gradient_checkpointing"]
     for precision in ("bf16", "no"):
@@ -535,21 +501,6 @@ def test_bf16_learns_what_fp32_learns(kind, small_data, tmp_path):
 
 
 # ---- the model ------------------------------------------------------------------------------------
-
-
-def test_rotary_embedding_is_not_misread(tmp_path):
-    """transformers 4 overlooks where 5 saves its parameters, and would go on with its default."""
-    model, tokenizer = tmp_path / "model", data.load_tokenizer(str(TINY))
-    shutil.copytree(TINY, model)
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
-    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    if transformers.__version__.startswith("4."):
-        with pytest.raises(data.InputError, match="upgrade transformers"):
-            data.load_classifier(model, tokenizer)
-    else:
-        assert data.load_classifier(model, tokenizer).config.rope_parameters["rope_theta"] == 1e6
-
 
 QWEN_05B = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -578,7 +529,7 @@ def test_parameter_counts_at_full_size(source, tmp_path, monkeypatch):
         if not folder.is_dir():
             pytest.skip("needs the real configuration beside the checkout")
 
-    def weightless(folder, tokenizer, dtype, labels):
+    def weightless(folder, *_, **__):
         """The full-size model without its weights, which are not to be had offline."""
         with torch.device("meta"):
             return AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder, num_labels=2))
@@ -594,17 +545,19 @@ def test_parameter_counts_at_full_size(source, tmp_path, monkeypatch):
     assert sum(p.numel() for p in parameters) == 465171456
 
 
-def test_second_run_replaces_the_first(small_data, tmp_path):
-    """First full, then LoRA into the same folder: nothing of the first is left to be mistaken for the second's."""
+def test_overwrite_deletes_the_first_run_only(small_data, tmp_path):
+    """First full, then LoRA into the same folder: nothing of the first is left, and what is the user's stays."""
     out = tmp_path / "out"
     train.main(arguments(small_data, out, "--epochs", "1"))
     evaluate.main(["--ckpt", str(out)])
     assert (out / "model.safetensors").exists() and (out / "eval-test.json").exists()
-    (out / "notes.txt").write_text("the user's own", encoding="utf-8")
-    train.main(arguments(small_data, out, "--lora", "--epochs", "1"))
+    for name in ("notes.txt", "README.md"):
+        (out / name).write_text("the user's own", encoding="utf-8")
+    train.main(arguments(small_data, out, "--lora", "--epochs", "1", "--overwrite"))
     left = {path.name for path in out.iterdir()}
-    assert {"adapter_model.safetensors", "run.json", "notes.txt", "metrics.jsonl"} <= left
-    assert not left & {"model.safetensors", "config.json", "eval-test.json", "unfinished"}
+    assert {"adapter_model.safetensors", "run.json", "metrics.jsonl"} <= left
+    assert not left & {"model.safetensors", "config.json", "eval-test.json"}
+    assert {(out / name).read_text(encoding="utf-8") for name in ("notes.txt", "README.md")} == {"the user's own"}
 
 
 def test_launched_by_accelerate(small_data, tmp_path):
@@ -631,7 +584,7 @@ def test_launched_by_accelerate(small_data, tmp_path):
 def test_full_fine_tuning_equals_a_plain_loop(more, small_data, tmp_path):
     """transformers' padded model, its own attention and AdamW over the whole embedding end with the same weights.
 
-    train.py keeps only the rows of the embedding that occur in its texts. The biases of the keys are left out: their
+    The biases of the keys are left out: their
     gradient is nothing but rounding noise, which AdamW brings to the size of the learning rate.
     """
     from transformers import AutoModelForSequenceClassification
@@ -641,7 +594,7 @@ def test_full_fine_tuning_equals_a_plain_loop(more, small_data, tmp_path):
     train.main(argv)
     args = train.parse_args(argv)
     tokenizer = data.load_tokenizer(str(TINY))
-    rows = data.split_examples(data.make_examples(data.load_hc3([str(small_data)]))[0])["train"]
+    rows = data.split_examples(data.load_examples([str(small_data)])[0])["train"]
     torch.manual_seed(args.seed)
     model = AutoModelForSequenceClassification.from_pretrained(
         TINY, num_labels=2, pad_token_id=tokenizer.pad_token_id, dtype=torch.float32
@@ -650,16 +603,15 @@ def test_full_fine_tuning_equals_a_plain_loop(more, small_data, tmp_path):
     before = model.get_input_embeddings().weight.detach().clone()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, rate, weight_decay=args.weight_decay)
-    schedule = train.Schedule(len(rows), 8, 1, args.seed, rate, 0.0)
     seen = set()
-    for step in range(schedule.total_steps):
-        batch = [rows[i] for i in schedule.texts_of(step)]
+    for step in range(10):
+        batch = [rows[i] for i in train.texts_of(step, len(rows), 8, args.seed)]
         inputs = tokenizer([row["text"] for row in batch], max_length=48, truncation=True, padding=True,
                            return_tensors="pt")  # fmt: skip
         seen |= set(inputs["input_ids"].flatten().tolist())
-        model(**inputs, labels=torch.tensor([row["label"] for row in batch])).loss.backward()
+        model(**inputs, labels=torch.tensor([row["label"] == "chatgpt" for row in batch]).long()).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.param_groups[0]["lr"] = schedule.rate_of(step)
+        optimizer.param_groups[0]["lr"] = train.learning_rate_of(step, 10, rate, 0.0)
         optimizer.step()
         optimizer.zero_grad()
     expected, got = model.state_dict(), weights(out)
@@ -672,29 +624,3 @@ def test_full_fine_tuning_equals_a_plain_loop(more, small_data, tmp_path):
     moved = (embedding != before).any(1).nonzero().flatten().tolist()
     assert {"": 0 < len(moved) < len(seen) < len(before), "--freeze_embedding": not moved,
             "--weight_decay": len(moved) > len(seen)}[more[0] if more else ""]  # fmt: skip
-
-
-def test_report_to_tensorboard(small_data, tmp_path, monkeypatch):
-    """The tracker gets the lines of metrics.jsonl; without --report_to none is started."""
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    out = tmp_path / "out"
-    argv = ["--lora", "--epochs", "2", "--batch_size", "4", "--report_to", "tensorboard"]
-    train.main(arguments(small_data, out, *argv))
-    (events,) = (out / "qwen-classifier").glob("events*")
-    recorded = accumulator.EventAccumulator(str(events)).Reload()
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    for name in ("loss", "learning_rate", "validation_loss", "accuracy"):
-        expected = [(line["step"], line[name]) for line in lines if name in line]
-        got = [(event.step, event.value) for event in recorded.Scalars(name)]
-        assert [step for step, _ in got] == [step for step, _ in expected] != []
-        np.testing.assert_allclose([v for _, v in got], [v for _, v in expected], rtol=1e-6)
-    train.main(arguments(small_data, tmp_path / "none", "--lora", "--epochs", "1"))
-    assert not (tmp_path / "none" / "qwen-classifier").exists()
-
-
-def test_report_to_what_is_not_installed(small_data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit) as stopped:
-        train.main(arguments(small_data, tmp_path / "out", "--report_to", "wandb"))
-    assert stopped.value.code == 2 and "pip install -U accelerate wandb" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
