@@ -18,6 +18,7 @@ import functools
 import gc
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -55,10 +56,6 @@ class InputError(ValueError):
     """The user's input cannot be used; the message says in one line what is wrong and what to do."""
 
 
-class HubError(InputError):
-    """A hub cannot be reached, or does not have what is asked for."""
-
-
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line, and which knows the Trainer's names of our options."""
 
@@ -78,10 +75,10 @@ def number(kind, low, high=math.inf, above=False):
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf or (above and value == low):
-            most = f" and <= {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"must be {'>' if above else '>='} {low}{most}, got {short(text)}")
-        return value
+        if low <= value <= high and value != math.inf and not (above and value == low):
+            return value
+        most = f" and <= {high}" if high < math.inf else ""
+        raise argparse.ArgumentTypeError(f"must be {'>' if above else '>='} {low}{most}, got {short(text)}")
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
     return parse
@@ -159,7 +156,7 @@ def choose_precision(asked="auto"):
 
 
 def snapshot(hub, name, files, kind="model"):
-    """Folder with these files of a hub's repository. Raises HubError.
+    """Folder with these files of a hub's repository. Raises InputError.
 
     The client fetches what its cache lacks, which another program may have left incomplete. Without a network the
     cache has to do.
@@ -177,23 +174,17 @@ def snapshot(hub, name, files, kind="model"):
     except Exception as error:  # the clients raise a dozen types
         reason = f"{hub}: {short(error, 80)}"
         if hub == "modelscope" and not isinstance(error, OSError):  # it may have downloaded a part
-            raise HubError(reason) from None
+            raise InputError(reason) from None
     try:
         return Path(snapshot_download(name, local_files_only=True, **options))
     except Exception as error:
         lacks = re.search(r"\d+ file\(s\) are missing \(.*?\)", str(error))
-        raise HubError(f"{reason}{f', and in the cache {lacks[0]}' if lacks else ''}") from None
+        raise InputError(f"{reason}{f', and in the cache {lacks[0]}' if lacks else ''}") from None
 
 
-# ---- from a file or a hub to examples -----------------------------------------------------------------
-
-
-def read_rows(path, quiet=False):
-    """Yield (place, row) for a .csv or .tsv file, else for JSON: one array, or one object per line. Or InputError.
-
-    `place` says where a row stands ("line 3"). `row` is a dict, None if it is empty, or an InputError that says what
-    is wrong with it. Text is UTF-8, UTF-16 with a byte-order mark, or GB18030, in which Excel saves in China.
-    """
+@functools.cache
+def text_encoding(path, modified):
+    """Encoding of a text file: UTF-8, UTF-16 with a byte-order mark, or GB18030 as Excel in China. Or InputError."""
     if Path(path).is_dir():
         raise InputError(f"{path} is a folder: give the .jsonl or .csv files in it")
     with open(path, "rb") as file:
@@ -201,15 +192,20 @@ def read_rows(path, quiet=False):
     if kind := next((kind for signature, kind in SIGNATURES.items() if start.startswith(signature)), None):
         raise InputError(f"{path} is not text but {kind}: save it as .csv or .jsonl")
     for encoding in ["utf-16"] if start[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "gb18030"]:
-        with contextlib.suppress(UnicodeError), open(path, encoding=encoding, newline="") as file:
-            if any(line is None for line in file):  # reads it all
+        with contextlib.suppress(UnicodeError), open(path, encoding=encoding) as file:
+            while file.read(2**20):
                 pass
-            break
-    else:
-        raise InputError(f"{path} is damaged: it is neither UTF-8, UTF-16 nor GB18030 text")
-    if encoding == "gb18030" and not quiet:
-        print(f"{path} is not UTF-8: reading it as GB18030 (GBK)")
-    with open(path, encoding=encoding, newline="") as file:
+            print(f"{path} is not UTF-8: reading it as GB18030 (GBK)\n" * (encoding == "gb18030"), end="")
+            return encoding
+    raise InputError(f"{path} is damaged: it is neither UTF-8, UTF-16 nor GB18030 text")
+
+
+def read_rows(path):
+    """Yield (place, row) for a .csv or .tsv file, else for JSON: one array, or one object per line. Or InputError.
+
+    `place` says where a row stands ("line 3"). `row` is a dict, None if it is empty, or an InputError about it.
+    """
+    with open(path, encoding=text_encoding(path, os.path.getmtime(path)), newline="") as file:
         yield from table_rows(file) if Path(path).suffix.lower() in (".csv", ".tsv") else json_rows(file)
 
 
@@ -371,9 +367,6 @@ def class_names(examples, known=None):
     return tuple(sorted(sorted(names), key=int if all(name.isdecimal() for name in names) else None))
 
 
-# ---- from examples to a split ---------------------------------------------------------------------------
-
-
 def part_of(question):
     """The part of a question under the strict protocol: sha256 mod 10 is 0: test, 1: validation, else train."""
     digit = int(hashlib.sha256(question.encode("utf-8")).hexdigest(), 16) % 10
@@ -453,9 +446,6 @@ def hash_examples(examples, labels):
     return hashlib.sha256("".join(rows).encode()).hexdigest()
 
 
-# ---- models, tokens and the packed batch -----------------------------------------------------------------
-
-
 def check_model_files(folder):
     """Raise InputError on a model that cannot be loaded, or that would make transformers run or fetch something."""
     names = sorted(path.name for path in folder.iterdir())
@@ -488,19 +478,18 @@ def check_model_files(folder):
 
 
 def fetch_model(name, hub="huggingface", weights=True):
-    """Folder of a model: `name` itself if it is a local folder, else the hub's snapshot of it. Raises InputError.
-
-    `weights`: whether the folder must hold a model that can be loaded, and not only its tokenizer.
-    """
-    try:
-        folder = Path(name) if name and Path(name).is_dir() else snapshot(hub, name, MODEL_FILES)
-        if weights:
-            check_model_files(folder)
-        return folder
-    except HubError as error:
-        other = next(other for other in REPOSITORIES if other != hub)
-        advice = f"{error}. Give a local folder as --model, or try --hub {other}"
-        raise InputError(f"cannot load the model {short(name)!r}, which is not a local folder: {advice}") from None
+    """Folder of a model: a local folder, else the hub's snapshot; without `weights` a tokenizer will do. InputError."""
+    folder = Path(name)
+    if not name or not folder.is_dir():
+        try:
+            folder = snapshot(hub, name, MODEL_FILES)
+        except InputError as error:
+            other = next(other for other in REPOSITORIES if other != hub)
+            advice = f"{error}. Give a local folder as --model, or try --hub {other}"
+            raise InputError(f"cannot load the model {short(name)!r}, which is not a local folder: {advice}") from None
+    if weights:
+        check_model_files(folder)
+    return folder
 
 
 def load_tokenizer(folder):
@@ -650,18 +639,12 @@ class PackedClassifier(torch.nn.Module):
         return self.classifier().score(hidden[0, last_tokens]).float()  # (n, classes)
 
 
-# ---- python data.py ---------------------------------------------------------------------------------------
-
-
-def save_predictions(path, examples, predictions, labels, logits=None, probabilities=None):
-    """One JSON line per text, in order, for `evaluate.py --compare`. `predictions`: a class name each, or None."""
+def save_predictions(path, examples, predictions, scores=()):
+    """One JSON line per text, for `evaluate.py --compare`. `predictions`: class names or None; `scores`: more fields"""
     lines = []
-    for i, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
-        line = {"text_sha256": hashlib.sha256(example["text"].encode()).hexdigest(), "prediction": prediction}
+    for example, prediction, more in itertools.zip_longest(examples, predictions, scores, fillvalue={}):
+        line = {"text_sha256": hashlib.sha256(example["text"].encode()).hexdigest(), "prediction": prediction, **more}
         line |= {field: example[field] for field in ("question", "source", "label")}
-        line |= {"logits": logits[i].tolist()} if logits is not None else {}
-        if probabilities is not None:  # calibrated
-            line["probabilities"] = dict(zip(labels, probabilities[i].tolist(), strict=True))
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_atomically(path, "".join(lines))
 
@@ -698,27 +681,30 @@ def audit(args):
         "white space and punctuation": [make_pipeline(counts, LogisticRegression(max_iter=2000))],
         "character 1-3-grams": [make_pipeline(ngrams, LogisticRegression(C=c, max_iter=1000)) for c in (1, 10, 100)],
     }
-    facts = (
+    facts = [
+        "",
         "texts in train / test",
         "test texts whose question is in train",
-        "test texts that are copies of a train text",
-    )
-    columns, files = [["", *facts, "accuracy of the largest class", *(f"accuracy of {rule}" for rule in rules)]], {}
+        "test texts that are copies of train's",
+    ]
+    columns, files = [[*facts, "accuracy of the largest class", *(f"accuracy of {rule}" for rule in rules)]], {}
     for protocol in PROTOCOLS:
         examples, labels = load_examples(args.data, args.hub, protocol)
         parts = split_examples(examples, protocol, labels)
-        texts, true = ({p: [e[field] for e in parts[p]] for p in PARTS} for field in ("text", "label"))
+        texts, true = ({part: [e[field] for e in parts[part]] for part in PARTS} for field in ("text", "label"))
         largest = max(map(true["test"].count, labels)) / len(true["test"])
         columns.append([protocol, f"{len(texts['train'])} / {len(texts['test'])}", *leaks(parts), f"{largest:.3f}"])
         for rule, candidates in rules.items():
             try:
                 fitted = [candidate.fit(texts["train"], true["train"]) for candidate in candidates]
-                best = max(fitted, key=lambda model: model.score(texts["validation"], true["validation"]))
             except ValueError as error:  # such as no punctuation anywhere
                 raise InputError(f"--audit cannot learn from the {rule} of these texts ({short(error, 80)})") from None
+            best = max(fitted, key=lambda model: model.score(texts["validation"], true["validation"]))
             columns[-1].append(f"{best.score(texts['test'], true['test']):.3f}")
-            name = f"predictions-{protocol}-{rule.split()[-1]}.jsonl"
-            files[name] = parts["test"], best.predict(texts["test"]).tolist(), labels
+            files[f"predictions-{protocol}-{rule.split()[-1]}.jsonl"] = (
+                parts["test"],
+                best.predict(texts["test"]).tolist(),
+            )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         save_predictions(args.output_dir / name, *content)

@@ -70,9 +70,6 @@ def parse_args(argv=None):
     return args
 
 
-# ---- from a checkpoint to a model ----------------------------------------------------------------
-
-
 def read_run(ckpt):
     """The run.json of a checkpoint. Raises InputError on a value that train.py cannot have written."""
     path = Path(ckpt, "run.json")
@@ -128,10 +125,14 @@ def load_checkpoint(ckpt, run, dtype=torch.float32, device="cpu", model=None, hu
     An adapter is merged into its base in float32 before the weights take `dtype`. `model` and `hub` say where the base
     is, if not where run.json says. Only safetensors are read, and no code from the checkpoint runs.
     """
-    tokenizer, name = data.load_tokenizer(ckpt), model or run["model"]
+    name = model or run["model"]
     if not run["lora"]:
-        classifier = data.load_classifier(data.fetch_model(ckpt), tokenizer, run["labels"])
+        tokenizer = data.load_tokenizer(data.fetch_model(ckpt))  # which checks config.json before anything reads it
+        classifier = data.load_classifier(ckpt, tokenizer, run["labels"])
+    elif Path(ckpt, "config.json").exists():
+        raise InputError(f"{ckpt} holds an adapter and a config.json, which train.py never writes together")
     else:
+        tokenizer = data.load_tokenizer(ckpt)
         from peft import set_peft_model_state_dict
 
         try:
@@ -184,9 +185,9 @@ def save_model(folder, model, tokenizer, max_length):
 def predict(model, token_ids, description=None, process=0, processes=1):
     """Logits of each text, float32 (n, classes) in numpy, in order; each text is scored exactly once.
 
-    `description`: of the progress bar; without one there is none. Of several processes each scores every so-many-th row,
-    all run the model equally often, as DDP wants, and all get the whole result. The rows, and so the logits, do not
-    depend on the number of processes.
+    `description`: of the progress bar; without one there is none. Of several processes each scores every so-many-th
+    row, all run the model equally often, as DDP wants, and all get the whole result. The rows, and so the logits, do
+    not depend on the number of processes.
     """
     device = next(model.parameters()).device
     ends = np.cumsum([len(ids) for ids in token_ids]) // (16384 if device.type == "cuda" else 1024)  # tokens in a row
@@ -208,9 +209,6 @@ def predict(model, token_ids, description=None, process=0, processes=1):
     order = [index for row, _ in scored for index in row]
     assert sorted(order) == list(range(len(token_ids))), "every text must be scored exactly once"
     return np.concatenate([logits for _, logits in scored])[np.argsort(order)]
-
-
-# ---- from predictions to figures ------------------------------------------------------------------
 
 
 def softmax(logits):
@@ -265,26 +263,24 @@ def calibration_error(classes, probabilities):
 def metrics(classes, logits, questions, lengths, names=data.LABELS, temperature=1.0, threshold=None):
     """The figures of eval-<name>.json for n texts, under plain names; None for a class that none of them has.
 
-    `classes` int (n,), `logits` (n, classes); the interval resamples `questions` (n,); `lengths` (n,) in tokens; `names`
-    of the classes. Of two classes the second is the positive one.
+    `classes` int (n,), `logits` (n, classes); the interval resamples `questions` (n,); `lengths` (n,) in tokens;
+    `names` of the classes. Of two classes the second is the positive one.
     """
     predicted, calibrated = logits.argmax(1), softmax(logits / temperature)
     right = predicted == classes
     confusion = np.zeros((len(names), len(names)), int)  # (true, predicted)
     np.add.at(confusion, (classes, predicted), 1)
     hits, true, called = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-    figures = {"precision": hits / np.maximum(called, 1), "recall": hits / np.maximum(true, 1)}
-    figures["f1"] = 2 * hits / np.maximum(true + called, 1)
-    per_class = {
-        name: {key: float(values[k]) if true[k] else None for key, values in figures.items()} | {"n": int(true[k])}
-        for k, name in enumerate(names)
-    }
+    scores = [hits / np.maximum(called, 1), hits / np.maximum(true, 1), 2 * hits / np.maximum(true + called, 1)]
+    per_class = {}
+    for name, row, n in zip(names, np.transpose(scores).tolist(), true.tolist(), strict=True):
+        per_class[name] = dict(zip(("precision", "recall", "f1"), row if n else [None] * 3, strict=True), n=n)
     result = {
         "n": len(classes),
         "accuracy": float(right.mean()),
         "accuracy_interval": bootstrap_interval(right, questions),
         "largest_class_accuracy": float(true.max() / len(classes)),
-        "macro_f1": float(figures["f1"][true > 0].mean()),
+        "macro_f1": float(scores[2][true > 0].mean()),
         "loss": negative_log_likelihood(classes, logits),
         "per_class": per_class,
         "confusion": confusion.tolist(),
@@ -296,19 +292,12 @@ def metrics(classes, logits, questions, lengths, names=data.LABELS, temperature=
         result["auroc"] = auroc(classes == 1, logits[:, 1] - logits[:, 0])
         result["false_positive_rate"] = float((predicted[classes == 0] == 1).mean())
         if threshold is not None:
-            for kind, k in (("false", 0), ("true", 1)):
-                above = calibrated[classes == k, 1] > threshold
-                result[f"{kind}_positive_rate_above_threshold"] = float(above.mean())
-            result["threshold"] = threshold
+            above, result["threshold"] = calibrated[:, 1] > threshold, threshold
+            result["false_positive_rate_above_threshold"] = float(above[classes == 0].mean())
+            result["true_positive_rate_above_threshold"] = float(above[classes == 1].mean())
     group = np.digitize(lengths, LENGTH_EDGES)
-    result["by_length"] = [
-        {
-            "tokens_from": (0, *LENGTH_EDGES)[k],
-            "n": int((group == k).sum()),
-            "accuracy": float(right[group == k].mean()),
-        }
-        for k in np.unique(group)
-    ]
+    groups = [(int((0, *LENGTH_EDGES)[k]), right[group == k]) for k in np.unique(group)]
+    result["by_length"] = [{"tokens_from": k, "n": len(some), "accuracy": float(some.mean())} for k, some in groups]
     return result
 
 
@@ -358,9 +347,6 @@ def print_comparison(table):
         )
 
 
-# ---- the report -----------------------------------------------------------------------------------
-
-
 def print_report(result):
     """The figures of `metrics` as a terminal table."""
     names = list(result["per_class"])
@@ -390,57 +376,48 @@ def print_report(result):
 
 
 def plot_report(path, title, result, classes, logits):
-    """One picture: confusion, reliability, ROC (two classes) and accuracy by length. Raises ImportError."""
-    import matplotlib
-    from matplotlib import font_manager
+    """One picture: confusion, reliability, ROC (of two classes) and accuracy by length. Raises ImportError."""
+    from matplotlib import font_manager, rc_context
     from matplotlib.figure import Figure  # not pyplot: no global figure, no display, the notebook's backend stays
 
-    names, confusion = list(result["per_class"]), np.array(result["confusion"])
-    chinese = [name for name in font_manager.get_font_names() if re.search("CJK|Hei|Song|Kai|Ming|SC$|PingFang", name)]
-    matplotlib.rcParams["font.family"] = [*sorted(chinese)[:3], "DejaVu Sans"]
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    matrix, calibration, roc, by_length = figure.subplots(1, 4)
-    matrix.imshow(confusion, cmap="Blues")
-    for (i, j), count in np.ndenumerate(confusion):
-        matrix.text(j, i, count, ha="center", va="center", color="white" if count > confusion.max() / 2 else "black")
-    matrix.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names)
-    matrix.set(xlabel="predicted", ylabel="true", title="texts by class")
-    texts, confidence, accuracy = reliability(classes, softmax(logits / result["temperature"]))
-    for k in np.flatnonzero(texts):
-        calibration.annotate(str(texts[k]), (confidence[k], accuracy[k]), (3, -10), textcoords="offset points", size=8)
-    calibration.plot(confidence[texts > 0], accuracy[texts > 0], "o-", markersize=4)
-    calibration.plot([0, 1], [0, 1], color="grey", linestyle=":")
-    calibration.set(xlim=(1 / len(names) - 0.02, 1.03), ylim=(-0.03, 1.05), xlabel="confidence", ylabel="accuracy")
-    calibration.set(title="reliability (texts per bin)")
-    if "auroc" in result:
-        order = np.argsort(logits[:, 0] - logits[:, 1], kind="stable")
-        found = [np.cumsum(classes[order] == k) / (classes == k).sum() for k in (0, 1)]
-        roc.plot([0, *found[0]], [0, *found[1]])
-        roc.set(xlabel=f"{names[0]} called {names[1]}", ylabel=f"{names[1]} found", xlim=(-0.03, 1), ylim=(0, 1.03))
-        roc.set(title=f"AUROC {result['auroc']:.4f}")
-    else:
-        roc.set_axis_off()
-    rows = result["by_length"]
-    bars = by_length.bar([f"{row['tokens_from']}+" for row in rows], [row["accuracy"] for row in rows])
-    by_length.bar_label(
-        bars, [f"{row['accuracy']:.3f}\n{row['n']} texts" for row in rows], fontsize=7, label_type="center"
-    )
-    lowest = min(row["accuracy"] for row in rows)
-    by_length.set(ylim=(max(0, lowest - 0.1), 1.01), xlabel="tokens", title="accuracy by length")
-    low, high = result["accuracy_interval"]
-    figure.suptitle(f"{title}: accuracy {result['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f})", fontsize=10)
-    if not chinese and not "".join(names).isascii():
-        figure.supxlabel(
-            "class names need a Chinese font: apt install fonts-noto-cjk, then delete matplotlib's cache", size=8
-        )
-    picture = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the font may lack the characters of a class's name
+    names, confusion, rows = list(result["per_class"]), np.array(result["confusion"]), result["by_length"]
+    chinese = sorted(filter(re.compile("CJK|Hei|Song|Kai|Ming|PingFang").search, font_manager.get_font_names()))
+    with rc_context({"font.family": [*chinese[:3], "DejaVu Sans"]}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the fonts may lack the characters of a class's name
+        figure = Figure(figsize=(13, 3.6), layout="constrained")
+        matrix, calibration, roc, by_length = figure.subplots(1, 4)
+        low, high = result["accuracy_interval"]
+        title = f"{title}: accuracy {result['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f})"
+        if not chinese and not "".join(names).isascii():
+            title += "\nclass names need a Chinese font: apt install fonts-noto-cjk"
+        figure.suptitle(title, fontsize=10)
+        matrix.imshow(confusion, cmap="Blues")
+        for (i, j), count in np.ndenumerate(confusion):
+            matrix.text(j, i, count, ha="center", color="white" if count > confusion.max() / 2 else "black")
+        matrix.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names)
+        matrix.set(xlabel="predicted", ylabel="true", title="number of texts")
+        texts, confidence, accuracy = reliability(classes, softmax(logits / result["temperature"]))
+        calibration.plot([0, 1], [0, 1], ":", color="grey")
+        calibration.plot(confidence[texts > 0], accuracy[texts > 0], "o-", markersize=4)
+        for k in np.flatnonzero(texts):
+            place = {"xytext": (0, -12), "textcoords": "offset points", "size": 7, "ha": "center"}
+            calibration.annotate(str(texts[k]), (confidence[k], accuracy[k]), **place)
+        calibration.set(xlim=(1 / len(names) - 0.03, 1.04), ylim=(-0.1, 1.05), title="reliability (texts per bin)")
+        calibration.set(xlabel="confidence, calibrated", ylabel="accuracy")
+        if "auroc" in result:
+            order = np.argsort(logits[:, 0] - logits[:, 1], kind="stable")
+            found = [np.cumsum(classes[order] == k) / (classes == k).sum() for k in (0, 1)]
+            roc.plot([0, *found[0]], [0, *found[1]])
+            roc.set(xlabel=f"share of {names[0]} called {names[1]}", ylabel=f"share of {names[1]} found")
+            roc.set(xlim=(-0.03, 1), ylim=(0, 1.03), title=f"AUROC {result['auroc']:.4f}")
+        roc.axis("on" if "auroc" in result else "off")
+        bars = by_length.bar([f"{row['tokens_from']}+" for row in rows], [row["accuracy"] for row in rows])
+        by_length.bar_label(bars, [f"{row['accuracy']:.3f}\n({row['n']})" for row in rows], fontsize=7, padding=-22)
+        lowest = min(row["accuracy"] for row in rows)
+        by_length.set(ylim=(max(0, lowest - 0.15), 1.005), xlabel="tokens", title="accuracy by length (texts)")
+        picture = io.BytesIO()
         figure.savefig(picture, dpi=110, format="png")
     data.write_atomically(path, picture.getvalue())
-
-
-# ---- main -----------------------------------------------------------------------------------------
 
 
 def parts_to_score(run, sources=None, split=None):
@@ -468,32 +445,25 @@ def parts_to_score(run, sources=None, split=None):
 
 def score(name, examples, model, tokenizer, run, output_dir):
     """Predict, report and save one part."""
-    labels, temperature = run["labels"], run["temperature"]
+    labels, temperature, started = run["labels"], run["temperature"], time.perf_counter()
     token_ids, note = data.tokenize(tokenizer, [example["text"] for example in examples], run["max_length"])
-    started = time.perf_counter()
     logits = predict(model, token_ids, name)
-    seconds = time.perf_counter() - started
-    lengths = np.array([len(ids) for ids in token_ids])
-    print(
-        f"\n{name}: {len(examples)} texts, {lengths.sum()} tokens, {seconds:.1f} s, {len(examples) / seconds:.0f} texts/s"
-    )
-    if note:
-        print(f"of these texts, {note}")
+    seconds, lengths = time.perf_counter() - started, np.array([len(ids) for ids in token_ids])
+    speed = f"{seconds:.1f} s, {len(examples) / seconds:.0f} texts/s"
+    print(f"\n{name}: {len(examples)} texts, {lengths.sum()} tokens, {speed}{note and f'; of these texts, {note}'}")
     classes = np.array([labels.index(example["label"]) for example in examples])
     questions = [example["question"] for example in examples]
     result = metrics(classes, logits, questions, lengths, labels, temperature, run["threshold"])
-    probabilities = softmax(logits / temperature)
-    confidence, predictions = probabilities.max(1), [labels[k] for k in logits.argmax(1)]
-    wrong = np.flatnonzero(logits.argmax(1) != classes)
-    result["confident_errors"] = [
-        {key: examples[i][key] for key in ("label", "text")}
-        | {"prediction": predictions[i], "probability": float(confidence[i])}
-        for i in wrong[np.argsort(-confidence[wrong], kind="stable")][:10]
-    ]
+    predictions, rows, errors = [labels[k] for k in logits.argmax(1)], [], []
+    for example, prediction, row, p in zip(examples, predictions, logits, softmax(logits / temperature), strict=True):
+        rows.append({"logits": row.tolist(), "probabilities": dict(zip(labels, p.tolist(), strict=True))})
+        if prediction != example["label"]:
+            error = {"label": example["label"], "prediction": prediction, "probability": float(p.max())}
+            errors.append(error | {"text": example["text"]})
+    result["confident_errors"] = sorted(errors, key=lambda error: -error["probability"])[:10]
     print_report(result)
     output_dir.mkdir(parents=True, exist_ok=True)
-    path = output_dir / f"predictions-{name}.jsonl"
-    data.save_predictions(path, examples, predictions, labels, logits, probabilities)
+    data.save_predictions(output_dir / f"predictions-{name}.jsonl", examples, predictions, rows)
     data.write_atomically(output_dir / f"eval-{name}.json", json.dumps(result, indent=1, ensure_ascii=False))
     picture = f", report-{name}.png"
     try:
@@ -516,9 +486,9 @@ def label_rows(rows, model, tokenizer, run):
     return note
 
 
-def rows_to_label(source, quiet=False):
+def rows_to_label(source):
     """The rows of a file that are not empty; one without a text gets the field `error`, which says why."""
-    for place, row in data.read_rows(source, quiet):
+    for place, row in data.read_rows(source):
         if isinstance(row, dict) and not (isinstance(row.get("text"), str) and row["text"].strip()):
             yield row | {"error": f"{place} has no text"}
         elif row is not None:
@@ -549,7 +519,7 @@ def label_file(args, load):
         file.seek(0)
         file.truncate(sum(len(line) for line in itertools.islice(file, done)))
         bar.update(done)
-        rows = itertools.islice(rows_to_label(source, quiet=True), done, None)
+        rows = itertools.islice(rows_to_label(source), done, None)
         while chunk := list(itertools.islice(rows, CHUNK)):
             label_rows(chunk, model, tokenizer, run)
             file.writelines(json.dumps(row).encode() + b"\n" for row in chunk)
@@ -657,11 +627,9 @@ def main(argv=None):
         print(f"【预测{verdict}!】Label: {row['label']}, Pred_Label: {row['predicted_label']}\nText: {row['text']}")
         return
     model, tokenizer, run = load()
+    weights, device = sum(p.numel() for p in model.parameters()), next(model.parameters()).device
     kind = f"LoRA r {run['arguments']['lora_r']}, merged" if run["lora"] else "every weight trained"
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    print(
-        f"{type(model.classifier()).__name__} from {run['model']}: {weights:,} parameters; {kind}; on {next(model.parameters()).device}"
-    )
+    print(f"{type(model.classifier()).__name__} from {run['model']}: {weights:,} parameters; {kind}; on {device}")
     if args.data and args.split in (None, "all") and set(args.data) & set(run["data"]):
         print("note: the run was trained on this data; --split test scores the part that it was not trained on")
     output_dir = args.output_dir or Path(args.ckpt)

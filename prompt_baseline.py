@@ -198,13 +198,13 @@ def main(argv=None):
             log_p -= np.log(evaluate.softmax(held_out).mean(0))
         replies = [data.LABELS[k] for k in log_p.argmax(1)]
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {"reply": r, **{k: e[k] for k in ("label", "question", "text")}} for e, r in zip(examples, replies, strict=True)
-    ]
+    fields = ("label", "question", "text")
+    rows = [{"reply": r} | {name: e[name] for name in fields} for e, r in zip(examples, replies, strict=True)]
     text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
     data.write_atomically(args.output_dir / "replies.jsonl", text)
-    path, named = args.output_dir / "predictions-prompt.jsonl", [parse_reply(reply) for reply in replies]
-    data.save_predictions(path, examples, named, data.LABELS, log_p)
+    scores = [{"logits": row.tolist()} for row in log_p] if log_p is not None else ()
+    named = [parse_reply(reply) for reply in replies]
+    data.save_predictions(args.output_dir / "predictions-prompt.jsonl", examples, named, scores)
     report(labels, replies)
     print(f"written to {args.output_dir}: replies.jsonl, predictions-prompt.jsonl")
 

@@ -5,16 +5,15 @@
     python train.py --lora --model tests/tiny-qwen --data tests/sample.jsonl --learning_rate 2e-3 --output_dir out/demo
 
 The first two download model and data once; the third is offline and takes half a minute on two CPU cores. Each leaves a
-checkpoint that `python evaluate.py --ckpt OUTPUT_DIR` evaluates. A run that was killed continues with --resume.
+checkpoint for `python evaluate.py --ckpt OUTPUT_DIR`. A run that was killed continues with --resume.
 
-A step is a pure function of (seed, step): the texts of a step and its random numbers depend on nothing else. So a
-resumed run equals an uninterrupted one. Without dropout, whose masks differ, accumulated micro-batches equal one large
-batch, and two processes equal one, up to rounding.
+A step is a pure function of (seed, step): its texts and its random numbers depend on nothing else. So a resumed run
+equals an uninterrupted one. Without dropout, whose masks differ, accumulated micro-batches equal one large batch and
+two processes equal one, up to rounding.
 """
 
 import contextlib
 import datetime
-import functools
 import json
 import math
 import os
@@ -37,8 +36,7 @@ from data import InputError, short
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl; note: reading the loss waits for the GPU
 MAX_SKIPPED = 30  # steps in a row that the fp16 scaler may skip: it has halved its scale 30 times by then
 OUR_FILES = ("run.json", "state.pt*", "metrics.jsonl", "curves.png", "adapter_*", "model*.safetensors*", "config.json")
-OUR_FILES += ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.jinja")
-OUR_FILES += ("eval-*.json", "predictions-*.jsonl", "report-*.png")
+OUR_FILES += ("tokenizer*.json", "chat_template.jinja", "eval-*.json", "predictions-*.jsonl", "report-*.png")
 FREE_TO_CHANGE = ("output_dir", "save_steps", "resume", "overwrite", "gradient_checkpointing", "hub")  # on --resume
 
 
@@ -64,9 +62,7 @@ def parse_args(argv=None):
     add("--weight_decay", type=data.number(float, 0), default=0.0, help="weight decay of AdamW")
     add("--max_grad_norm", type=rate, default=1.0, help="gradients are clipped to this norm")
     add("--mixed_precision", choices=["auto", *data.DTYPES], default="auto", help="dtype of the computation")
-    add(
-        "--gradient_checkpointing", action="store_true", help="recompute activations: less memory, about 1.3 x the time"
-    )
+    add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
     seeds = "random seed for head and adapter initialisation, data order and dropout (does not change the split)"
     add("--seed", type=data.number(int, 0, 2**31), default=233, help=seeds)
     add = parser.add_argument_group("run").add_argument
@@ -78,28 +74,17 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-# ---- what a step is: pure functions of (seed, step) ----------------------------------------------
-
-
-@functools.lru_cache(maxsize=2)  # cached, because every step of an epoch asks for the same order
-def order_of(seed, epoch, texts):
-    """The order (list of int) in which an epoch visits range(texts)."""
-    return np.random.default_rng([seed, epoch]).permutation(texts).tolist()
-
-
 def texts_of(step, texts, step_size, seed):
     """Indices of a step's texts over all processes (list of int); an epoch's last step takes what is left."""
     epoch, position = divmod(step, math.ceil(texts / step_size))
-    return order_of(seed, epoch, texts)[position * step_size : (position + 1) * step_size]
+    order = np.random.default_rng([seed, epoch]).permutation(texts)  # of all texts, anew in each epoch
+    return order[position * step_size : (position + 1) * step_size].tolist()
 
 
 def learning_rate_of(step, total_steps, peak, warmup_ratio):
     """Linear from 0 to the peak during the warm-up, then linear to 0 (as get_linear_schedule_with_warmup)."""
     warmup = math.ceil(warmup_ratio * total_steps)
     return peak * (step / warmup if step < warmup else (total_steps - step) / max(1, total_steps - warmup))
-
-
-# ---- model ------------------------------------------------------------------------------------------
 
 
 def build_model(args, folder, tokenizer, precision, labels=data.LABELS):
@@ -119,22 +104,18 @@ def build_model(args, folder, tokenizer, precision, labels=data.LABELS):
     return data.PackedClassifier(model)
 
 
-# ---- the output folder: run.json is written last, so a folder without it holds no finished run --------
-
-
 def unfinished_run(args):
     """Whether output_dir holds an unfinished run to --resume; None if that run has finished already.
 
-    Raises InputError if the folder holds a run and the arguments do not say what to do with it, or anything else.
+    run.json is written last: a folder without it holds no finished run, whatever else lies in it. Raises InputError if
+    there is a run and the arguments do not say what to do with it, or if there are files that are not ours.
     """
     files = sorted(path.name for path in args.output_dir.glob("*") if path.is_file())
     if Path(args.model).resolve() == args.output_dir.resolve():
         raise InputError(f"--output_dir {args.output_dir} is the folder of the base model: choose another")
-    if not any(name in ("run.json", "state.pt", "metrics.jsonl") for name in files):
+    if not {"run.json", "state.pt", "metrics.jsonl"} & set(files):
         if files:
-            raise InputError(
-                f"--output_dir {args.output_dir} holds other files, such as {short(files[0])}: choose another"
-            )
+            raise InputError(f"{args.output_dir} holds other files ({short(files[0])}): choose another --output_dir")
         return False
     finished = "run.json" in files
     if args.resume and finished:
@@ -169,10 +150,9 @@ def save_state(path, accelerator, model, optimizer, values):
     if accelerator.is_main_process:
         weights = {n: p.detach() for n, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
+        values |= {"model": weights, "optimizer": optimizer.state_dict(), "scaler": scaler}
         with saving_to(path.parent):
-            torch.save(
-                {"model": weights, "optimizer": optimizer.state_dict(), "scaler": scaler, **values}, f"{path}.tmp"
-            )
+            torch.save(values, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
     accelerator.wait_for_everyone()
 
@@ -225,9 +205,6 @@ def fit_calibration(classes, logits):
     return temperature, float(negative[-1 - len(negative) // 100]) if enough else None
 
 
-# ---- what the user sees --------------------------------------------------------------------------------
-
-
 def plot_curves(folder, lines):
     """curves.png: training loss by step, validation loss and accuracy by epoch. `lines`: those of metrics.jsonl."""
     with contextlib.suppress(ImportError):  # matplotlib is optional
@@ -235,17 +212,13 @@ def plot_curves(folder, lines):
 
         figure = Figure(figsize=(8, 3.2), layout="constrained")
         losses, accuracies = figure.subplots(1, 2)
-        for axes, field, style in (
-            (losses, "loss", "-"),
-            (losses, "validation_loss", "o-"),
-            (accuracies, "accuracy", "o-"),
-        ):
+        fields = {"loss": (losses, "-"), "validation_loss": (losses, "o-"), "accuracy": (accuracies, "o-")}
+        for field, (axes, style) in fields.items():
             points = [(line["step"], line[field]) for line in lines if line.get(field) is not None]
-            axes.plot(*zip(*points, strict=True) if points else ([], []), style, label=field.replace("_", " "))
-        for line in lines:
-            if "epoch" in line:
-                losses.axvline(line["step"], color="lightgrey", linewidth=1, zorder=0)
-                accuracies.annotate(f"epoch {line['epoch']}: {line['accuracy']:.3f}", (line["step"], line["accuracy"]))
+            axes.plot([x for x, _ in points], [y for _, y in points], style, label=field.replace("_", " "))
+        for line in (line for line in lines if "epoch" in line):
+            losses.axvline(line["step"], color="lightgrey", linewidth=1, zorder=0)
+            accuracies.annotate(f"epoch {line['epoch']}: {line['accuracy']:.3f}", (line["step"], line["accuracy"]))
         losses.set(xlabel="step (grey: end of an epoch)", ylabel="loss", ylim=(0, None))
         losses.legend()
         accuracies.set(xlabel="step", ylabel="validation accuracy")
@@ -269,39 +242,32 @@ def make_accelerator(args, precision):
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))
     handlers = [patience, DistributedDataParallelKwargs(broadcast_buffers=False)]
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers)
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise InputError(
-            f"{accelerator.distributed_type.value} is not supported: launch with one or several plain GPUs"
-        )
-    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
-        raise InputError("the launched processes do not see each other: for CPUs see 'Several processes' in README")
+    kind, processes = accelerator.distributed_type, accelerator.num_processes
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise InputError(f"{kind.value} is not supported: launch with one or several plain GPUs")
+    if int(os.environ.get("WORLD_SIZE", 1)) != processes:
+        raise InputError("the launched processes do not see each other: see 'Several processes' in README")
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        print(
-            "warning: only one process runs; if you launched more, see 'Several processes' in README", file=sys.stderr
-        )
-    if args.batch_size < accelerator.num_processes:
-        raise InputError(
-            f"--batch_size {args.batch_size} counts over all processes: use {accelerator.num_processes} or more"
-        )
+        print("warning: one process runs; if you launched more, see 'Several processes' in README", file=sys.stderr)
+    if args.batch_size < processes:
+        raise InputError(f"--batch_size {args.batch_size} counts over all processes: use {processes} or more")
     return accelerator
 
 
-def read_steps(accelerator, pending):
-    """The [loss, gradient norm] of each step in `pending`, a list of tensors (2,), over all processes."""
-    rows = accelerator.reduce(torch.stack(pending), "sum").tolist()  # note: this waits for the GPU
-    return [[loss, norm / accelerator.num_processes] for loss, norm in rows]  # the norm is the same everywhere
+def read_steps(accelerator, pending, steps, text_of):
+    """Move the [loss, gradient norm] of `pending`, tensors (2,) on the device, over all processes, to the list `steps`.
 
-
-def check_finite(steps, accelerator, text_of):
-    """Raise InputError on a step that is not finite. In fp16 the scaler skips such a step, unless they go on and on."""
+    In fp16 the scaler skips a step that is not finite. Raises InputError if there are many in a row, or without it.
+    """
+    for loss, norm in accelerator.reduce(torch.stack(pending), "sum").tolist():  # note: this waits for the GPU
+        steps.append([loss, norm / accelerator.num_processes])  # the norm is the same in all processes
+    pending.clear()
     bad = next((i for i, pair in enumerate(reversed(steps)) if np.isfinite(pair).all()), len(steps))  # at the end
     if bad > (MAX_SKIPPED if accelerator.scaler else 0):
         step, [loss, norm] = len(steps) - bad, steps[-bad]
+        where = f"step {step + 1} gave loss {loss} and gradient norm {norm} (its first text: {short(text_of(step))!r})"
         advice = "--mixed_precision bf16 or no" if accelerator.scaler else "a lower --learning_rate"
-        raise InputError(
-            f"step {step + 1} gave loss {loss} and gradient norm {norm} (its first text: {short(text_of(step))!r}): "
-            f"start again with --overwrite and {advice}"
-        )
+        raise InputError(f"{where}: start again with --overwrite and {advice}")
 
 
 @data.one_line_errors
@@ -337,9 +303,8 @@ def main(argv=None):
     total_steps = args.epochs * steps_per_epoch
     if is_main:
         print(f"【model】\n{model.model}\n【model.config】\n{model.classifier().config}")
-        print(
-            "trainable params: {:,} || all params: {:,} || trainable%: {:.4f}".format(*sizes, 100 * sizes[0] / sizes[1])
-        )
+        share = 100 * sizes[0] / sizes[1]
+        print(f"trainable params: {sizes[0]:,} || all params: {sizes[1]:,} || trainable%: {share:.4f}")
         data.print_parts(parts, labels)
         print(f"{total_steps} steps of {step_size} texts on {processes} x {device.type}, precision {precision} ({why})")
     optimizer = torch.optim.AdamW(trainable, args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -347,10 +312,8 @@ def main(argv=None):
 
     # ---- resume
     arguments = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
-    arguments |= {
-        "mixed_precision": precision,
-        "data_sha256": data.hash_examples(parts["train"] + parts["validation"], labels),
-    }
+    arguments["mixed_precision"] = precision
+    arguments["data_sha256"] = data.hash_examples(parts["train"] + parts["validation"], labels)
     steps, lines, seconds_before = [], [], 0.0  # [loss, gradient norm] of each step; the lines of metrics.jsonl
     if resuming and (output_dir / "state.pt").is_file():
         state = load_state(output_dir / "state.pt", accelerator, model, optimizer, arguments)
@@ -402,38 +365,30 @@ def main(argv=None):
         saving = args.save_steps > 0 and (at_epoch_end or done % args.save_steps == 0)
         new_lines, rate = [], learning_rate_of(done, total_steps, args.learning_rate, args.warmup_ratio)
         if done % LOG_EVERY == 0 or at_epoch_end or saving:
-            steps += read_steps(accelerator, pending)
-            check_finite(steps, accelerator, lambda bad: parts["train"][texts_of(bad, **schedule)[0]]["text"])
-            pending.clear()
+            read_steps(accelerator, pending, steps, lambda i: parts["train"][texts_of(i, **schedule)[0]]["text"])
             speed = (done - first_step) * step_size / (time.perf_counter() - started)
             bar.set_postfix_str(f"loss {steps[-1][0]:.4f}, lr {rate:.2e}, {speed:.0f} texts/s")
         if done % LOG_EVERY == 0:
-            finite = [
-                pair for pair in steps[-LOG_EVERY:] if np.isfinite(pair).all()
-            ]  # the fp16 scaler skips the others
-            means = (
-                {"loss": sum(loss for loss, _ in finite) / len(finite), "grad_norm": finite[-1][1]} if finite else {}
-            )
+            finite = [pair for pair in steps[-LOG_EVERY:] if np.isfinite(pair).all()]  # fp16 skips the other steps
+            losses = [loss for loss, _ in finite]
+            means = {"loss": sum(losses) / len(losses), "grad_norm": finite[-1][1]} if finite else {}
             new_lines.append({"step": done, **means, "learning_rate": rate, "skipped_steps": LOG_EVERY - len(finite)})
 
         # ---- validate at an epoch's end
         if at_epoch_end:
             logits = evaluate.predict(model, token_ids["validation"], "validation", rank, processes)
             epoch = [(loss, len(texts_of(i, **schedule))) for i, (loss, _) in enumerate(steps[-steps_per_epoch:])]
-            epoch = [(loss * size, size) for loss, size in epoch if math.isfinite(loss)]
+            epoch = [(loss * size, size) for loss, size in epoch if math.isfinite(loss)] or [(math.nan, 1)]
             row = {"epoch": done // steps_per_epoch, "training_loss": float(np.divide(*np.sum(epoch, axis=0)))}
             row |= {"validation_loss": evaluate.negative_log_likelihood(classes["validation"], logits)}
             row |= {"accuracy": float((logits.argmax(1) == classes["validation"]).mean())}
             new_lines.append({"step": done, **row})
-            with bar.external_write_mode():  # flushed before the bar is drawn anew, because a notebook has two streams
-                if is_main:
-                    header = (
-                        "Epoch  Training Loss  Validation Loss  Accuracy\n"
-                        if done <= first_step + steps_per_epoch
-                        else ""
-                    )
+            if is_main:
+                with bar.external_write_mode():  # flushed before the bar is drawn anew: a notebook has two streams
+                    if done <= first_step + steps_per_epoch:
+                        print("Epoch  Training Loss  Validation Loss  Accuracy")
                     columns = "{epoch:5d}  {training_loss:13.4f}  {validation_loss:15.4f}  {accuracy:8.4f}"
-                    print(header + columns.format(**row), flush=True)
+                    print(columns.format(**row), flush=True)
 
         # ---- save
         lines += new_lines
@@ -456,13 +411,12 @@ def main(argv=None):
     accelerator.free_memory()
     accelerator.free_memory()  # the first call collects garbage before it drops its own references, the second after
     if is_main:
-        epochs = [{name: value for name, value in line.items() if name != "step"} for line in lines if "epoch" in line]
+        epochs = [line for line in lines if "epoch" in line]
         run = {
             **{name: getattr(args, name) for name in ("model", "hub", "data", "max_length", "lora")},
             "labels": list(labels),
             "split": {
                 "protocol": args.protocol,
-                "seed": data.SPLIT_SEED,
                 "sizes": {part: len(parts[part]) for part in data.PARTS},
                 "sha256": {part: data.hash_examples(parts[part], labels) for part in data.PARTS},
             },

@@ -51,17 +51,16 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def parse_args(argv=None):
-    parser = data.ArgumentParser(__doc__.splitlines()[0])
+    parser = data.ArgumentParser(description=__doc__.splitlines()[0])
     add, positive = parser.add_argument, data.number(int, 1)
     base = parser.add_mutually_exclusive_group().add_argument
     base("--size", choices=["tiny", *SHAPES], default="tiny", help="base: tests/tiny-qwen, or a shape")
     base("--config", help="base: the shape in a folder's config.json, and its tokenizer")
-    data.add_source_option(parser)
-    parser.set_defaults(data=[str(TESTS / "sample.jsonl")])
+    add("--data", nargs="+", default=[str(TESTS / "sample.jsonl")], metavar="SOURCE", help="subsets or files")
     # A Trainer sorts by length within a quarter of the texts, at most 50 batches: with few texts it does so less well.
     add("--texts", type=data.number(int, 8, 4000), default=128, help="texts to train on and to evaluate")
     add("--batch_size", type=positive, default=4, help="texts in a training step; the recipe's is 4 whatever this is")
-    add("--learning_rate", type=data.number(float, 1e-12), default=5e-5, help="peak; falls linearly to 0")
+    add("--learning_rate", type=data.number(float, 0, above=True), default=5e-5, help="peak; falls linearly to 0")
     add("--methods", nargs="+", choices=["lora", "full"], default=["lora", "full"], help="what to train")
     add("--only", choices=["training", "evaluation"], help="leave the other out")
     add("--repeats", type=positive, default=3, help="fresh processes for each variant")
@@ -113,8 +112,8 @@ def matmul_rate(dtype, seconds=0.3):
 def load_texts(scratch):
     """The tokenizer, and of each part the examples and the token ids, as train.py gets them."""
     tokenizer = data.load_tokenizer(scratch / "base")
-    parts = data.split_examples(data.make_examples(data.load_hc3([str(scratch / "texts.jsonl")]))[0])
-    ids = {part: data.tokenize(tokenizer, [e["text"] for e in parts[part]], MAX_LENGTH) for part in data.PARTS}
+    parts = data.split_examples(data.load_examples([str(scratch / "texts.jsonl")])[0])
+    ids = {part: data.tokenize(tokenizer, [e["text"] for e in parts[part]], MAX_LENGTH)[0] for part in data.PARTS}
     return tokenizer, parts, ids
 
 
@@ -124,7 +123,7 @@ def trainer_rows(examples, token_ids, pad, width=0):
     for example, ids in zip(examples, token_ids, strict=True):
         padding = [pad] * (width - len(ids))
         mask = [1] * len(ids) + [0] * len(padding)
-        rows.append({"input_ids": ids + padding, "attention_mask": mask, "labels": example["label"]})
+        rows.append({"input_ids": ids + padding, "attention_mask": mask, "labels": data.LABELS.index(example["label"])})
     return rows
 
 
@@ -164,11 +163,11 @@ def prepare(args):
     outside_embedding = [p for name, p in model.base_model.named_parameters() if not name.startswith("embed_tokens.")]
 
     # ---- texts: a record for each, so many that train.py's own split, 8:1:1 by rows, leaves --texts for training
-    examples = data.split_examples(data.make_examples(data.load_hc3(args.data))[0])["train"]
+    examples = data.split_examples(data.load_examples(args.data)[0])["train"]
     with (args.scratch / "texts.jsonl").open("w", encoding="utf-8") as file:
         for example in examples[: math.ceil(args.texts / 0.8)]:
             record = {"question": example["question"], **{field: [] for field in data.FIELDS[1:]}}
-            record[data.FIELDS[1 + example["label"]]].append(example["text"])
+            record[f"{example['label']}_answers"].append(example["text"])
             file.write(json.dumps(record) + "\n")
     lengths = [len(ids) for ids in load_texts(args.scratch)[2]["train"]]
     if len(lengths) <= max(args.batch_size, RECIPE_BATCH):
@@ -255,9 +254,8 @@ def train_with_trainer(args, method, precision, best):
     tokenizer, parts, token_ids = load_texts(args.scratch)
     pad, width = tokenizer.pad_token_id, 0 if best else MAX_LENGTH
     rows = {part: trainer_rows(parts[part], token_ids[part], pad, width) for part in parts}
-    torch.manual_seed(SEED)  # for the very head and adapter that train.py draws
     dtype = DTYPES[precision] if method == "lora" else torch.float32  # as train.py: what is trained stays float32
-    model = data.load_classifier(args.scratch / "base", tokenizer, dtype)
+    model = data.load_classifier(args.scratch / "base", tokenizer, data.LABELS, dtype, new_head=SEED)
     if method == "lora":
         layers = ["q_proj", "k_proj", "v_proj", "o_proj"]
         model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=layers))
@@ -303,9 +301,10 @@ def run_evaluation(args, name, precision):
 
     tokenizer, parts, _ = load_texts(args.scratch)
     if name == OUR_PREDICT:
-        model, _, _ = evaluate.load_checkpoint(args.scratch / "checkpoint", DTYPES[precision], DEVICE)
+        checkpoint = args.scratch / "checkpoint"
+        model, _ = evaluate.load_checkpoint(checkpoint, evaluate.read_run(checkpoint), DTYPES[precision], DEVICE)
     else:
-        model = data.load_classifier(args.scratch / "base", tokenizer)
+        model = data.load_classifier(args.scratch / "base", tokenizer, data.LABELS, new_head=SEED)
         model = PeftModel.from_pretrained(model, args.scratch / "checkpoint").to(DEVICE, DTYPES[precision]).eval()
     if name == TRAINER_PREDICT:
         options = TrainingArguments(args.scratch / "trainer", per_device_eval_batch_size=8, report_to="none")
@@ -315,12 +314,12 @@ def run_evaluation(args, name, precision):
     def score(examples):
         texts = [example["text"] for example in examples]
         if name == ONE_BY_ONE:
-            rows = [torch.tensor(data.tokenize(tokenizer, [text], MAX_LENGTH)).to(DEVICE) for text in texts]
+            rows = [torch.tensor(data.tokenize(tokenizer, [text], MAX_LENGTH)[0]).to(DEVICE) for text in texts]
             return torch.cat([model(input_ids=row).logits.cpu() for row in rows]).numpy()
-        token_ids = data.tokenize(tokenizer, texts, MAX_LENGTH)
+        token_ids, _ = data.tokenize(tokenizer, texts, MAX_LENGTH)
         if name == TRAINER_PREDICT:
             return trainer.predict(trainer_rows(examples, token_ids, tokenizer.pad_token_id)).predictions
-        return evaluate.predict(model, token_ids, DEVICE)
+        return evaluate.predict(model, token_ids)
 
     score(parts["train"][:2])  # whatever happens once only
     wall, cpu = time.perf_counter(), time.process_time()

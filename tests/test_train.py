@@ -216,7 +216,11 @@ def test_resume_without_state_starts_at_the_beginning(small_data, tmp_path, caps
 class Scaled:
     """An accelerator with the fp16 scaler, which accelerate has on a GPU only."""
 
-    scaler = torch.amp.GradScaler("cpu")
+    scaler, num_processes = torch.amp.GradScaler("cpu"), 1
+
+    @staticmethod
+    def reduce(tensor, _):
+        return tensor
 
 
 def test_scaler_skips_steps_and_many_in_a_row_end_the_run():
@@ -233,12 +237,12 @@ def test_scaler_skips_steps_and_many_in_a_row_end_the_run():
         scaler.update()
         optimizer.zero_grad()
         assert torch.equal(before, weight) == (step == 3)
-        steps.append([0.5, norm.item()])
-        train.check_finite(steps, Scaled, lambda step: "")
-    overflow = [[float("nan"), float("inf")]]
-    train.check_finite([*steps, *overflow * train.MAX_SKIPPED], Scaled, lambda step: "")
+        train.read_steps(Scaled, [torch.stack([torch.tensor(0.5), norm])], steps, str)
+    overflow = torch.tensor([float("nan"), float("inf")])
+    train.read_steps(Scaled, [overflow] * train.MAX_SKIPPED, steps, str)
     with pytest.raises(data.InputError, match=r"step 6 gave loss nan .* --mixed_precision bf16 or no"):
-        train.check_finite([*steps, *overflow * (train.MAX_SKIPPED + 1)], Scaled, lambda step: "")
+        train.read_steps(Scaled, [overflow], steps, str)
+    assert len(steps) == 5 + train.MAX_SKIPPED + 1
 
 
 @pytest.mark.parametrize(
