@@ -425,12 +425,14 @@ def leaks(parts):
     return tuple(sum(example[field] in trained[field] for example in parts["test"]) for field in trained)
 
 
-def print_parts(parts, labels):
-    """Print the texts per class of each part, and what leaks from train to test."""
+def print_parts(parts, labels, notes=None):
+    """Print the texts per class of each part, the `notes` of `tokenize`, and what leaks from train to test."""
     for name, examples in parts.items():
         count = Counter(example["label"] for example in examples)
         classes = ", ".join(f"{count[label]} {label}" for label in labels)
-        print(f"【data_{'val' if name == 'validation' else name}】 num_rows: {len(examples)} ({classes})")
+        note = (notes or {}).get(name)
+        print(f"【data_{'val' if name == 'validation' else name}】 num_rows: {len(examples)} ({classes})", end="")
+        print(f"; {note}" if note else "")
         if absent := [label for label in labels if not count[label]]:
             print(f"the {name} part has no text of the class {', '.join(absent)}: it says nothing about it")
     print(

@@ -393,7 +393,9 @@ def plot_report(path, title, result, classes, logits):
         figure.suptitle(title, fontsize=10)
         matrix.imshow(confusion, cmap="Blues")
         for (i, j), count in np.ndenumerate(confusion):
-            matrix.text(j, i, count, ha="center", color="white" if count > confusion.max() / 2 else "black")
+            matrix.text(
+                j, i, count, ha="center", va="center", color="white" if count > confusion.max() / 2 else "black"
+            )
         matrix.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names)
         matrix.set(xlabel="predicted", ylabel="true", title="number of texts")
         texts, confidence, accuracy = reliability(classes, softmax(logits / result["temperature"]))
@@ -415,6 +417,7 @@ def plot_report(path, title, result, classes, logits):
         by_length.bar_label(bars, [f"{row['accuracy']:.3f}\n({row['n']})" for row in rows], fontsize=7, padding=-22)
         lowest = min(row["accuracy"] for row in rows)
         by_length.set(ylim=(max(0, lowest - 0.15), 1.005), xlabel="tokens", title="accuracy by length (texts)")
+        by_length.tick_params(axis="x", labelsize=8)
         picture = io.BytesIO()
         figure.savefig(picture, dpi=110, format="png")
     data.write_atomically(path, picture.getvalue())

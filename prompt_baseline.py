@@ -4,9 +4,9 @@
     python prompt_baseline.py --replay tests/seed_replies.jsonl   # score saved replies, without a model
     python prompt_baseline.py --model tests/tiny-qwen --ckpt out/demo --method logprob   # on a checkpoint's test texts
 
-The first downloads the model once. The second takes seconds and gives the published 26 of 60. The third only shows that
-the offline path works: the tiny base cannot chat, so its figure says nothing about chat models. Results go to
---output_dir: replies.jsonl (for --replay) and predictions-prompt.jsonl (for `evaluate.py --compare`).
+The first downloads the model once. The second takes seconds and gives the published 26 of 60. The third only shows
+that the offline path works: the tiny base cannot chat. Results go to --output_dir: replies.jsonl (for --replay) and
+predictions-prompt.jsonl (for `evaluate.py --compare`).
 """
 
 import json
@@ -54,8 +54,8 @@ def parse_args(argv=None):
 def question_examples(examples, questions):
     """(test, validation) examples, both answers to each question: the published baseline's own split by questions.
 
-    Test examples are those of the first `questions` questions of the 20 % test part (seed 233), the human answer before
-    ChatGPT's. As many of the other part serve as validation. Questions without both answers are left out.
+    The first `questions` questions of the 20 % test part (seed 233), and as many of the other part; the human answer
+    comes first. Questions without both answers are left out.
     """
     import datasets  # its seeded permutation is the protocol
 
@@ -70,10 +70,7 @@ def question_examples(examples, questions):
 
 
 def parse_reply(reply):
-    """The class that a reply names; None if it names both or neither. Never raises.
-
-    Case, width, punctuation and the sentence around the name do not matter. A negation is not understood.
-    """
+    """The class that a reply names in any case, width or sentence; None if it names both or neither. Never raises."""
     plain = unicodedata.normalize("NFKC", reply).lower()
     named = [label for label, pattern in NAMES.items() if re.search(pattern, plain)]
     return named[0] if len(named) == 1 else None
@@ -95,10 +92,7 @@ class Prompt:
         self.before, self.after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
 
     def ids(self, example):
-        """Token ids of the question about one example, whose text is cut at the longest that the model can read.
-
-        Strings of special tokens in the text stay text, so that it cannot end the turn.
-        """
+        """Token ids of the question about an example; a text cannot end the turn, and is cut where the model ends."""
         content = USER.format(topic=example["question"].removeprefix(BAIKE_OPENING), text=example["text"])
         options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": True}
         return [*self.before, *self.tokenizer(content, **options)["input_ids"], *self.after]

@@ -95,7 +95,7 @@ def build_model(args, folder, tokenizer, precision, labels=data.LABELS):
     model.name_or_path = model.config.name_or_path = args.model  # not the hub's cache folder, which differs elsewhere
     model.get_input_embeddings().requires_grad_(not args.freeze_embedding)
     if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})  # else an input must require a gradient
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # else an input must require a gradient
     if args.lora:
         model = evaluate.add_lora(model, vars(args))
     for parameter in model.parameters():
@@ -149,10 +149,10 @@ def save_state(path, accelerator, model, optimizer, values):
     """Save for --resume what does not follow from (seed, step): trainable tensors, AdamW, the scaler, `values`."""
     if accelerator.is_main_process:
         weights = {n: p.detach() for n, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
-        values |= {"model": weights, "optimizer": optimizer.state_dict(), "scaler": scaler}
+        scaler = accelerator.scaler and accelerator.scaler.state_dict()
         with saving_to(path.parent):
-            torch.save(values, f"{path}.tmp")
+            state = {"model": weights, "optimizer": optimizer.state_dict(), "scaler": scaler}
+            torch.save(values | state, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
     accelerator.wait_for_everyone()
 
@@ -165,11 +165,10 @@ def load_state(path, accelerator, model, optimizer, arguments):
     except Exception as error:  # a damaged file makes torch.load raise whatever its parts raise
         raise InputError(f"{path} cannot be read ({type(error).__name__}): start again with --overwrite") from None
     check_same(before, arguments)
-    accelerator.unwrap_model(model).load_state_dict(state.pop("model"), strict=False)  # it has only the trainable ones
+    accelerator.unwrap_model(model).load_state_dict(state.pop("model"), strict=False)  # only the trainable tensors
     optimizer.load_state_dict(state.pop("optimizer"))
-    scaler = state.pop("scaler")
     if accelerator.scaler:
-        accelerator.scaler.load_state_dict(scaler)
+        accelerator.scaler.load_state_dict(state["scaler"])
     return state
 
 
@@ -192,8 +191,8 @@ def check_checkpoint(folder, run, accelerator, token_ids, classes, trained):
 def fit_calibration(classes, logits):
     """Temperature and threshold from the validation part.
 
-    The temperature divides the logits so that the likelihood is highest (Guo et al., 2017), searched in steps of 1 %
-    from 0.1 to 10. The threshold is the probability of the second class that at most 1 % of the first class's texts
+    The temperature divides the logits so that the likelihood is highest (Guo et al., 2017), searched from 0.1 to 10 in
+    steps of 1 %. The threshold is the probability of the second class that at most 1 % of the first class's texts
     exceed; None with fewer than 100 of them, or with more than two classes.
     """
     grid = np.geomspace(0.1, 10, 463)
@@ -207,22 +206,24 @@ def fit_calibration(classes, logits):
 
 def plot_curves(folder, lines):
     """curves.png: training loss by step, validation loss and accuracy by epoch. `lines`: those of metrics.jsonl."""
-    with contextlib.suppress(ImportError):  # matplotlib is optional
+    try:
         from matplotlib.figure import Figure  # not pyplot: no global figure, no display, the notebook's backend stays
-
-        figure = Figure(figsize=(8, 3.2), layout="constrained")
-        losses, accuracies = figure.subplots(1, 2)
-        fields = {"loss": (losses, "-"), "validation_loss": (losses, "o-"), "accuracy": (accuracies, "o-")}
-        for field, (axes, style) in fields.items():
-            points = [(line["step"], line[field]) for line in lines if line.get(field) is not None]
-            axes.plot([x for x, _ in points], [y for _, y in points], style, label=field.replace("_", " "))
-        for line in (line for line in lines if "epoch" in line):
-            losses.axvline(line["step"], color="lightgrey", linewidth=1, zorder=0)
-            accuracies.annotate(f"epoch {line['epoch']}: {line['accuracy']:.3f}", (line["step"], line["accuracy"]))
-        losses.set(xlabel="step (grey: end of an epoch)", ylabel="loss", ylim=(0, None))
-        losses.legend()
-        accuracies.set(xlabel="step", ylabel="validation accuracy")
-        figure.savefig(folder / "curves.png", dpi=110)
+    except ImportError:
+        return
+    figure, epochs = Figure(figsize=(8, 3.2), layout="constrained"), [line for line in lines if "epoch" in line]
+    losses, accuracies = figure.subplots(1, 2)
+    for field, style, chosen in (("loss", "-", lines), ("validation_loss", "o-", epochs)):
+        points = [(line["step"], line[field]) for line in chosen if field in line]
+        losses.plot([x for x, _ in points], [y for _, y in points], style, label=field.replace("_", " "))
+    accuracies.plot([line["epoch"] for line in epochs], [line["accuracy"] for line in epochs], "o-")
+    for line in epochs:
+        losses.axvline(line["step"], color="lightgrey", linewidth=1, zorder=0)
+        accuracies.text(line["epoch"], line["accuracy"], f"{line['accuracy']:.3f}\n", ha="center")
+    losses.set(xlabel="step (grey: end of an epoch)", ylabel="loss", ylim=(0, None))
+    losses.legend()
+    accuracies.set(xlabel="epoch", ylabel="validation accuracy", xticks=[line["epoch"] for line in epochs])
+    accuracies.margins(0.15, 0.2)
+    figure.savefig(folder / "curves.png", dpi=110)
 
 
 def peak_memory_gib(device):
@@ -289,12 +290,11 @@ def main(argv=None):
         folder = data.fetch_model(args.model, args.hub)
         tokenizer = data.load_tokenizer(folder)
         model = build_model(args, folder, tokenizer, precision, labels)
-    token_ids, classes = {}, {}
+    token_ids, classes, notes = {}, {}, {}
     for part in ("train", "validation"):
-        token_ids[part], note = data.tokenize(tokenizer, [example["text"] for example in parts[part]], args.max_length)
+        texts = [example["text"] for example in parts[part]]
+        token_ids[part], notes[part] = data.tokenize(tokenizer, texts, args.max_length)
         classes[part] = np.array([labels.index(example["label"]) for example in parts[part]])
-        if is_main and note:
-            print(f"of the {part} texts, {note}")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sizes = [sum(parameter.numel() for parameter in some) for some in (trainable, model.parameters())]
     step_size = args.batch_size * args.gradient_accumulation_steps
@@ -305,7 +305,7 @@ def main(argv=None):
         print(f"【model】\n{model.model}\n【model.config】\n{model.classifier().config}")
         share = 100 * sizes[0] / sizes[1]
         print(f"trainable params: {sizes[0]:,} || all params: {sizes[1]:,} || trainable%: {share:.4f}")
-        data.print_parts(parts, labels)
+        data.print_parts(parts, labels, notes)
         print(f"{total_steps} steps of {step_size} texts on {processes} x {device.type}, precision {precision} ({why})")
     optimizer = torch.optim.AdamW(trainable, args.learning_rate, weight_decay=args.weight_decay, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)

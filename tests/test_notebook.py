@@ -1,8 +1,8 @@
-"""README's notebook section, cell by cell in a real Jupyter kernel: what somebody on Kaggle types, and sees.
+"""tests/kaggle.ipynb, cell by cell in a real Jupyter kernel: what somebody on Kaggle runs, and sees.
 
 The cells run as they stand, in an empty folder and offline. What a test must change is in `notebook` and nowhere else:
-the scripts' text is pasted where README says so, /kaggle/input is a temporary folder, the two GPUs are two CPU
-processes, and a cell of the test's own makes training quick.
+optional cells are uncommented, /kaggle/input is a temporary folder, the two GPUs are two CPU processes, and a cell of
+the test's own makes training quick.
 """
 
 import asyncio
@@ -23,9 +23,10 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 from conftest import ROOT, SAMPLE, TINY
+from make_notebook import NOTEBOOK, SCRIPTS
+from make_notebook import notebook as make_notebook
 from nbclient import NotebookClient
 
-SCRIPTS = ("data", "train", "evaluate", "prompt_baseline")
 QUICK = "OPTIONS += ' --epochs 1 --batch_size 32 --learning_rate 2e-3 --lora_dropout 0'"  # dropout: see the two GPUs
 TWO_GPUS = "accelerate launch --multi_gpu --num_processes 2"
 TWO_CPUS = "ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2"
@@ -33,7 +34,6 @@ HELD = """
 import gc, torch
 gc.collect()
 print(sum(o.nbytes for o in gc.get_objects() if issubclass(type(o), torch.Tensor)))"""
-HANDLERS = "[signal.getsignal(number) for number in signal.valid_signals()]"
 
 
 class Notebook:
@@ -42,21 +42,20 @@ class Notebook:
     def __init__(self, folder):
         self.folder = folder
         notebook = nbformat.v4.new_notebook()
-        self.client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}})
+        self.client = NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(folder)}})
 
     def run(self, source, fails=False, stop_in=None):
         """`fails`: the cell may end with an exception. `stop_in`: press the stop button in this run's first step."""
         cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["raises-exception"] * fails})
         self.client.nb.cells.append(cell)
         if stop_in:
-            threading.Thread(target=self.stop, args=(self.folder / stop_in / "unfinished",), daemon=True).start()
+            threading.Thread(target=self.stop, args=(self.folder / stop_in,), daemon=True).start()
         self.client.execute_cell(cell, len(self.client.nb.cells) - 1)
         return cell
 
-    def stop(self, unfinished):
-        while not (unfinished / "metrics.jsonl").exists():  # which appears just before the first step
+    def stop(self, folder):
+        while not (folder / "state.pt").exists():  # which appears at the first epoch's end
             time.sleep(0.05)
-        time.sleep(0.5)
         asyncio.run(self.client.km.interrupt_kernel())
 
 
@@ -95,9 +94,17 @@ def make_read_only(folder, cleanup):
             subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
 
 
-def readme_cells():
-    section = re.search(r"^## Kaggle and Jupyter$(.*?)^## ", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)[1]
-    return re.findall(r"^```python\n(.*?)\n```$", section, re.M | re.S)
+def notebook_cells():
+    """The sources of the notebook's code cells, optional ones without their comment marks."""
+    cells = [cell["source"] for cell in nbformat.read(NOTEBOOK, 4).cells if cell["cell_type"] == "code"]
+    return [re.sub(r"^# ?", "", cell, flags=re.M).partition("\n")[2] if cell.startswith("# Optional:") else cell
+            for cell in cells]  # fmt: skip
+
+
+def test_notebook_is_up_to_date():
+    """After a change of README's cells or of a script: python tests/make_notebook.py"""
+    assert nbformat.read(NOTEBOOK, 4) == make_notebook()
+    assert nbformat.validate(make_notebook()) is None
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +115,9 @@ def notebook(tmp_path_factory):
     (inputs / "hc3").mkdir()
     lines = SAMPLE.read_text(encoding="utf-8").splitlines()[:60]
     (inputs / "hc3" / "baike.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    pip, paste, hubs, offline, commands, pictures, in_kernel, read_only, two_gpus = (
-        cell.replace("/kaggle/input", str(inputs)) for cell in readme_cells()
+    pip, *scripts = notebook_cells()[: 1 + len(SCRIPTS)]
+    hubs, offline, commands, pictures, in_kernel, read_only, two_gpus = (
+        cell.replace("/kaggle/input", str(inputs)) for cell in notebook_cells()[1 + len(SCRIPTS) :]
     )
     environment = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -131,18 +139,15 @@ def notebook(tmp_path_factory):
 
         it.pip = book.run(pip)
         it.pip_code = book.run("print(_exit_code)")
-        for script in SCRIPTS:
-            magic, _ = paste.split("\n")  # the second line stands for the text
-            book.run(f"{magic.replace('data', script)}\n{(ROOT / f'{script}.py').read_text(encoding='utf-8')}")
+        for script in scripts:
+            book.run(script)
         book.run(hubs)
         book.run(offline)
         book.run(QUICK)
         it.commands = book.run(commands)
         it.pictures = book.run(pictures)
-        book.run(f"import signal\nhandlers = {HANDLERS}")
         it.in_kernel = book.run(in_kernel)
         it.held = book.run(HELD)
-        it.handlers = book.run(f"print({HANDLERS} == handlers)")
 
         shutil.copytree(folder / "out", inputs / "my-run" / "out")
         before["my-run"] = digest(inputs / "my-run")
@@ -154,9 +159,11 @@ def notebook(tmp_path_factory):
         assert TWO_GPUS in two_gpus
         it.two_gpus = book.run(two_gpus.replace(TWO_GPUS, TWO_CPUS))
         it.wrong = book.run("main(['--epochs', '0'])", fails=True)
-        book.run("OPTIONS += ' --epochs 99 --batch_size 96'")  # one step an epoch
+        book.run("OPTIONS += ' --epochs 12 --batch_size 32'")
         it.stopped = book.run("main([*OPTIONS.split(), '--output_dir', 'stopped'])", fails=True, stop_in="stopped")
         it.held_when_stopped = book.run(HELD)
+        it.left = {path.name for path in (folder / "stopped").iterdir()}
+        it.continued = book.run("main([*OPTIONS.split(), '--output_dir', 'stopped', '--resume'])")
         yield it
 
 
@@ -209,7 +216,6 @@ def test_two_runs_in_one_kernel(notebook):
     assert [json_of(notebook, f"seed-{seed}")["arguments"]["seed"] for seed in (1, 2)] == [1, 2]
     assert json_of(notebook, "seed-1")["epochs"] != json_of(notebook, "seed-2")["epochs"]
     assert int(text_of(notebook.held)) < 1_000_000  # bytes of tensors in the kernel; the model alone has 6 MB
-    assert text_of(notebook.handlers).strip() == "True"
 
 
 def test_inputs_are_read_only(notebook):
@@ -234,14 +240,15 @@ def test_two_processes_equal_one(notebook):
 def test_wrong_option_is_one_line(notebook):
     """IPython adds that there was a SystemExit, and how to exit; the cells after it show that the kernel lives on."""
     first, *others = text_of(notebook.wrong, "stderr").splitlines()
-    assert first == "error: argument --epochs: 0 is not at least 1 (--help lists the options)"
+    assert first == "error: argument --epochs: must be >= 1, got 0 (--help lists the options)"
     assert not [line for line in others if "To exit" not in line]
     assert [output.ename for output in notebook.wrong.outputs if output.output_type == "error"] == ["SystemExit"]
 
 
 def test_stop_button_in_the_kernel(notebook):
-    """The step is finished, the state saved and the memory given back, though IPython keeps the last exception."""
-    printed = text_of(notebook.stopped, "stderr")
-    assert re.search(r"^stopped after step \d of 99: the same command with --resume goes on$", printed, re.M)
-    assert (notebook.folder / "stopped" / "unfinished" / "state.pt").exists()
+    """The last saved state is kept and the memory given back, though IPython keeps the last exception."""
+    assert re.search(r"^error: interrupted$", text_of(notebook.stopped, "stderr"), re.M)
+    assert "state.pt" in notebook.left and "run.json" not in notebook.left
     assert int(text_of(notebook.held_when_stopped)) < 1_000_000
+    assert "continuing after step" in text_of(notebook.continued)
+    assert len(json_of(notebook, "stopped")["epochs"]) == 12

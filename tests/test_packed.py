@@ -107,7 +107,7 @@ def test_gradient_checkpointing_changes_nothing():
         torch.manual_seed(0)
         model = SequenceClassifier.from_config(CONFIGS["qwen2"])
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         data.PackedClassifier(model)(**data.pack(random_texts([7, 12]))).sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
