@@ -18,7 +18,6 @@ import functools
 import gc
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import os
@@ -30,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers  # its parts are imported at their first use
+import transformers  # lazy: each part is imported at its first use
 from accelerate.utils import parse_flag_from_env
 from safetensors import safe_open
 
@@ -41,7 +40,7 @@ REPOSITORIES = {"huggingface": "Hello-SimpleAI/HC3-Chinese", "modelscope": "AI-M
 PARTS = ("train", "validation", "test")
 FILE_PARTS = {"train": "train", "validation": "validation", "val": "validation", "dev": "validation", "test": "test"}
 PROTOCOLS = ("seed", "strict")  # see split_examples
-SPLIT_SEED = 233  # of the published results. The split does not follow --seed: runs differ by their training only
+SPLIT_SEED = 233  # the published one, and fixed: --seed changes the training but never the split
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --mixed_precision
 MODEL_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt"]  # all we download: none of these can hold Python code
 TEXT_NAMES = ("text", "content", "sentence", "review", "文本", "内容")  # what people call the two columns
@@ -57,7 +56,7 @@ class InputError(ValueError):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line, and which knows the Trainer's names of our options."""
+    """An argparse parser with one-line errors, which also knows the Trainer's names of our options."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
@@ -92,7 +91,7 @@ def folder(text):
 
 
 def one_line_errors(main):
-    """Decorate `main(argv=None)`: an error that the user can mend ends as one line on stderr and exit code 2."""
+    """Decorate `main(argv=None)`: an error that the user can fix ends as one line on stderr and exit code 2."""
 
     def wrapped(argv=None):
         if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
@@ -111,7 +110,7 @@ def one_line_errors(main):
             if torch.cuda.is_initialized():  # a notebook's kernel lives on, and the GPU has other uses
                 gc.collect()
                 torch.cuda.empty_cache()
-        print(f"error: {line}", file=sys.stderr)  # out here the exception is gone, whose frames hold the model
+        print(f"error: {line}", file=sys.stderr)  # out here, where no traceback keeps the model alive
         sys.exit(2)
 
     return wrapped
@@ -158,8 +157,8 @@ def choose_precision(asked="auto"):
 def snapshot(hub, name, files, kind="model"):
     """Folder with these files of a hub's repository. Raises InputError.
 
-    The client fetches what its cache lacks, which another program may have left incomplete. Without a network the
-    cache has to do.
+    The client downloads what its cache lacks, which another program may have left incomplete. Without a network the
+    cache has to be complete.
     """
     options = {"repo_type": kind, "allow_patterns": files}
     try:
@@ -168,7 +167,7 @@ def snapshot(hub, name, files, kind="model"):
         else:
             from huggingface_hub import HfApi, constants, errors, snapshot_download
 
-            with contextlib.suppress(errors.HfHubHTTPError):  # the hub answers; a silent one would block the download
+            with contextlib.suppress(errors.HfHubHTTPError):  # any answer will do; a silent hub fails here
                 HfApi().repo_info(name, repo_type=kind, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         return Path(snapshot_download(name, **options))
     except Exception as error:  # the clients raise a dozen types
@@ -195,7 +194,8 @@ def text_encoding(path, modified):
         with contextlib.suppress(UnicodeError), open(path, encoding=encoding) as file:
             while file.read(2**20):
                 pass
-            print(f"{path} is not UTF-8: reading it as GB18030 (GBK)\n" * (encoding == "gb18030"), end="")
+            if encoding == "gb18030":
+                print(f"{path} is not UTF-8: reading it as GB18030 (GBK)")
             return encoding
     raise InputError(f"{path} is damaged: it is neither UTF-8, UTF-16 nor GB18030 text")
 
@@ -210,23 +210,28 @@ def read_rows(path):
 
 
 def table_rows(file):
-    """The rows of a .csv or .tsv; the separator is the one of comma, semicolon and tab that its header has most."""
+    """The rows of a .csv or .tsv; the separator is comma, semicolon or tab, whichever its header has most of."""
     csv.field_size_limit(2**31 - 1)  # else a text of more than 131,072 characters is an error
     header = file.readline()
     file.seek(0)
-    rows = csv.reader(file, delimiter=max(",;\t", key=header.count), strict=True)
+    rows, last = (
+        csv.reader(file, delimiter=max(",;\t", key=header.count), strict=True),
+        0,
+    )  # last: line of the row before
     try:
         names = next(rows, [])
         if twice := [name for name in names if name and names.count(name) > 1]:
             raise InputError(f"{file.name} has two columns named {short(twice[0])}: rename or remove one")
+        last = rows.line_num
         for cells in rows:
             row = dict(zip(names, cells, strict=False)) if any(cell.strip() for cell in cells) else None
             if row and len(cells) != len(names):
                 counts = f"has {len(cells)} fields, but the header has {len(names)}"
                 row = InputError(f"{counts}: put texts that contain the separator in double quotes")
-            yield f"line {rows.line_num}", row
+            yield f"line {last + 1}", row
+            last = rows.line_num
     except csv.Error as error:  # strict: a quote that is never closed would swallow the rest of the file
-        where = f"{file.name}, the row from line {rows.line_num + 1} on"
+        where = f"{file.name}, the row from line {last + 1} on"
         raise InputError(f"{where} is not valid CSV ({error}): is a quote never closed?") from None
 
 
@@ -244,12 +249,9 @@ def json_rows(file):
             if "\\u" in line:  # lone surrogates, which JSON allows but no tokenizer reads, become question marks
                 row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))
             if not isinstance(row, dict | None):
-                row = InputError(
-                    f"is a JSON {type(row).__name__}: an object with text and label (or HC3's) is expected"
-                )
+                row = InputError(f"is a JSON {type(row).__name__}, not an object with text and label (or HC3's fields)")
         except (ValueError, RecursionError) as error:
-            problem = f"is not JSON ({getattr(error, 'msg', error)})"
-            row = InputError(f"{problem}: one object per line, or one array of objects, is expected")
+            row = InputError(f"is not JSON ({getattr(error, 'msg', error)}): expected an object per line, or one array")
         yield f"{'row' if array else 'line'} {number}", row
 
 
@@ -263,7 +265,7 @@ def answers_of(row):
             raise InputError("has an empty label: give it one, or remove the row")
         if isinstance(row["label"], bool | list | dict) or re.fullmatch(r"\s*-?\d*\.\d+\s*", label):
             raise InputError(f"has the label {short(label)}, which is neither a name nor a whole number")
-        found = [(label, [row["text"]], row.get("question") or row["text"])]
+        found = [(label, [row["text"]], row.get("question") or row["text"] or "")]
     elif all(field in row for field in FIELDS):
         found = [(label, row[f"{label}_answers"] or [], row["question"]) for label in LABELS]
     else:
@@ -302,8 +304,8 @@ def load_examples(sources, hub="huggingface", protocol="seed", labels=None):
     for source in (name for given in sources for name in (SUBSETS if given == "all" else (given,))):
         if source not in SUBSETS and not (source and Path(source).exists()):
             raise InputError(f"{source!r} is neither a file nor a subset (subsets: {', '.join(SUBSETS)}, all)")
-        paths[source] = Path(source) if source not in SUBSETS else None  # all files are there: now ask a hub
-    for source, path in paths.items():
+        paths[source] = Path(source) if source not in SUBSETS else None
+    for source, path in paths.items():  # every file exists: only now may a download start
         path, before, skipped = path or fetch_subset(source, hub), len(examples), Counter()
         for place, row in read_rows(path):
             try:
@@ -317,20 +319,18 @@ def load_examples(sources, hub="huggingface", protocol="seed", labels=None):
                 skipped["missing or empty texts"] += text is None
                 if text is not None:
                     example = {"text": text, "label": label, "question": question, "source": path.stem}
-                    examples.append(example | {"row": place, "hc3": "label" not in row})
-        if +skipped:
-            print(f"{source}: skipped {', '.join(f'{count} {what}' for what, count in (+skipped).items())}")
+                    examples.append(example | {"row": place, "hc3": not {"text", "label"} <= row.keys()})
+        if skipped.total():
+            print(f"{source}: skipped {', '.join(f'{count} {what}' for what, count in skipped.items() if count)}")
         if len(examples) == before:
-            raise InputError(
-                f"{source} is empty or holds no texts: rows with text and label (or HC3's fields) are expected"
-            )
+            raise InputError(f"{source} is empty or holds no texts: give rows with text and label (or HC3's fields)")
     return examples, class_names(examples, labels)
 
 
 def fetch_subset(name, hub):
     """Path of an HC3-Chinese subset, from `hub` or else from the other one. Raises InputError with what both said."""
     file, said = f"{name}.jsonl", []
-    for source in {hub: 1, **REPOSITORIES}:
+    for source in sorted(REPOSITORIES, key=lambda source: source != hub):  # the preferred hub first
         try:
             path = snapshot(source, REPOSITORIES[source], [file], "dataset") / file
             if path.is_file():  # neither client minds a pattern that matches nothing
@@ -350,9 +350,7 @@ def class_names(examples, known=None):
     for label in sorted({example["label"] for example in examples}):
         spellings.setdefault(unicodedata.normalize("NFKC", label).strip().casefold(), []).append(label)
     if twice := next((labels for labels in spellings.values() if len(labels) > 1), None):
-        raise InputError(
-            f"the labels {short(twice[0])!r} and {short(twice[1])!r} are nearly the same: write them alike"
-        )
+        raise InputError(f"the labels {short(twice[0])!r} and {short(twice[1])!r} are nearly the same: use one of them")
     for example in examples:
         example["label"] = example["label"].strip()
     names, texts = ({example[field] for example in examples} for field in ("label", "text"))
@@ -411,9 +409,8 @@ def split_examples(examples, protocol="seed", labels=LABELS):
         for name in reversed(PARTS):
             parts[name] = [example for example in parts[name] if example["text"] not in seen]
             seen |= {example["text"] for example in parts[name]}
-    for name in PARTS:
-        if not parts[name]:
-            raise InputError(f"the {name} part of these {len(examples)} texts is empty: more questions are needed")
+    if empty := [name for name in PARTS if not parts[name]]:
+        raise InputError(f"the {empty[0]} part of these {len(examples)} texts is empty: more questions are needed")
     if lacking := sorted(set(labels) - {example["label"] for example in parts["train"]}):
         raise InputError(f"the training part has no text with the label {lacking[0]}: more texts are needed")
     return parts
@@ -425,21 +422,17 @@ def leaks(parts):
     return tuple(sum(example[field] in trained[field] for example in parts["test"]) for field in trained)
 
 
-def print_parts(parts, labels, notes=None):
-    """Print the texts per class of each part, the `notes` of `tokenize`, and what leaks from train to test."""
+def print_parts(parts, labels, odd=None):
+    """Print the texts per class of each part, their `odd` counts from `tokenize`, and what leaks from train to test."""
     for name, examples in parts.items():
         count = Counter(example["label"] for example in examples)
         classes = ", ".join(f"{count[label]} {label}" for label in labels)
-        note = (notes or {}).get(name)
-        print(f"【data_{'val' if name == 'validation' else name}】 num_rows: {len(examples)} ({classes})", end="")
-        print(f"; {note}" if note else "")
+        note = note_of((odd or {}).get(name, {}), "; ")
+        print(f"【data_{'val' if name == 'validation' else name}】 num_rows: {len(examples)} ({classes}){note}")
         if absent := [label for label in labels if not count[label]]:
-            print(f"the {name} part has no text of the class {', '.join(absent)}: it says nothing about it")
-    print(
-        "of the test texts, {} answer a question of the training part, {} are copies of a training text".format(
-            *leaks(parts)
-        )
-    )
+            print(f"the {name} part has no text of the class {', '.join(absent)}: its figures say nothing about it")
+    asked, copied = leaks(parts)
+    print(f"of the test texts, {asked} answer a question of the training part, {copied} are copies of a training text")
 
 
 def hash_examples(examples, labels):
@@ -456,25 +449,26 @@ def check_model_files(folder):
         raise InputError(f"{folder} is an adapter, not a whole model: give the base model that it was trained on")
     if "config.json" not in names or not weights:
         lacks = "model.safetensors" if "config.json" in names else "config.json"
-        has = short(", ".join(name for name in names if name.endswith((".bin", ".gguf", ".pt"))) or "nothing like it")
-        raise InputError(
-            f"{folder} has no {lacks} (it has {has}): get the version of the model with .safetensors files"
-        )
-    if "model.safetensors.index.json" in names:
-        weights = {*json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values()}
-    name, tensors = "config.json", 0
+        has = short(", ".join(name for name in names if name.endswith((".bin", ".gguf", ".pt"))) or "no weights")
+        raise InputError(f"{folder} has no {lacks} (found: {has}): get the version with .safetensors files")
+    name, tensors = "model.safetensors.index.json", 0
     try:
+        if name in names:
+            weights = {*json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()}
+        name = "config.json"
         config = json.loads((folder / name).read_text(encoding="utf-8"))
+        layers = config.get("num_hidden_layers", 1)
         for name in weights:
             with safe_open(folder / name, "pt") as file:  # reads the header only
                 tensors += len(file.keys())
+        too_many = layers > tensors
     except Exception as error:
-        problem = f"is damaged, cut off or a Git LFS pointer ({short(error, 100)})"
+        problem = f"is missing, damaged, cut off or a Git LFS pointer ({short(error, 100)})"
         raise InputError(f"{folder}/{name} {problem}: download it again") from None
     # A stranger's config could make transformers run or fetch code, or build 10**9 layers. GPTQ and AWQ need code too.
     outside = r'"(auto_map|quantization_config|\w*_implementation\w*)": (?!null|"eager"|"sdpa")'
     asks = re.search(outside, json.dumps(config))
-    if asks or config.get("num_hidden_layers", 1) > tensors:
+    if asks or too_many:
         key = asks[1] if asks else "num_hidden_layers"
         raise InputError(f"{folder}/config.json has a {key} that is not supported: get the original, unquantised model")
 
@@ -539,16 +533,22 @@ def load_classifier(folder, tokenizer, labels, dtype=torch.float32, new_head=Non
 
 
 def tokenize(tokenizer, texts, max_length=512):
-    """Token ids of each text (list of lists of int), cut at `max_length` tokens (0: not cut), and a note or "".
+    """Token ids of each text (list of lists of int), cut at `max_length` tokens (0: not cut), and a Counter.
 
-    The note counts the texts that are shorter than five tokens, or are cut. Strings such as `<|im_end|>` in a text are
+    The Counter has the texts that are shorter than five tokens, or are cut. Strings such as `<|im_end|>` in a text are
     text: they give ordinary tokens. A text without any token becomes one eos token, so that it has a last token.
     """
     options = {"split_special_tokens": True, "return_attention_mask": False, "verbose": False}
     token_ids = tokenizer(list(texts), **options)["input_ids"] if texts else []
-    few, many = sum(len(ids) < 5 for ids in token_ids), sum(len(ids) > max_length > 0 for ids in token_ids)
-    note = [f"{few} are shorter than 5 tokens"] * bool(few) + [f"{many} are cut at {max_length} tokens"] * bool(many)
-    return [ids[: max_length or None] or [tokenizer.eos_token_id] for ids in token_ids], " and ".join(note)
+    odd = Counter({"shorter than 5 tokens": sum(len(ids) < 5 for ids in token_ids)})
+    odd[f"cut at {max_length} tokens"] = sum(len(ids) > max_length > 0 for ids in token_ids)
+    return [ids[: max_length or None] or [tokenizer.eos_token_id] for ids in token_ids], odd
+
+
+def note_of(odd, before=""):
+    """What to print about the Counter of `tokenize`, after `before`; "" if no text is odd."""
+    note = " and ".join(f"{n} are {what}" for what, n in odd.items() if n)
+    return note and before + note
 
 
 def pack(token_ids, device="cpu"):
@@ -644,7 +644,7 @@ class PackedClassifier(torch.nn.Module):
 def save_predictions(path, examples, predictions, scores=()):
     """One JSON line per text, for `evaluate.py --compare`. `predictions`: class names or None; `scores`: more fields"""
     lines = []
-    for example, prediction, more in itertools.zip_longest(examples, predictions, scores, fillvalue={}):
+    for example, prediction, more in zip(examples, predictions, scores or [{}] * len(examples), strict=True):
         line = {"text_sha256": hashlib.sha256(example["text"].encode()).hexdigest(), "prediction": prediction, **more}
         line |= {field: example[field] for field in ("question", "source", "label")}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
@@ -656,7 +656,12 @@ def add_options(parser, model="Qwen/Qwen1.5-0.5B", split=True):
     sources = 'HC3 subset names, "all", or .jsonl, .csv and .json files (HC3 fields, or text and label)'
     parser.add_argument("--data", nargs="+", default=["baike"], metavar="SOURCE", help=sources)
     parser.add_argument("--model", default=model, help="hub id or local folder of the base model")
-    parser.add_argument("--hub", choices=REPOSITORIES, default="huggingface", help="where to look for both first")
+    parser.add_argument(
+        "--hub",
+        choices=REPOSITORIES,
+        default="huggingface",
+        help="hub of the model (data can come from either)",
+    )
     if split:
         protocols = "seed: the published random row split; strict: split by question, text normalised"
         parser.add_argument("--protocol", choices=PROTOCOLS, default="seed", help=protocols)
@@ -736,10 +741,10 @@ def main(argv=None):
     print(datasets.Dataset.from_list(examples), json.dumps(examples[0], ensure_ascii=False, indent=1), sep="\n")
     print_parts(parts, labels)
     tokenizer = load_tokenizer(fetch_model(args.model, args.hub, weights=False))
-    token_ids, note = tokenize(tokenizer, [example["text"] for example in examples], args.max_length)
+    token_ids, odd = tokenize(tokenizer, [example["text"] for example in examples], args.max_length)
     lengths = np.array([len(ids) for ids in token_ids])
     quantiles = ", ".join(f"{q} %: {np.percentile(lengths, q):.0f}" for q in (0, 25, 50, 75, 95, 100))
-    print(f"tokens per text: {quantiles}; mean {lengths.mean():.0f}{note and f'; {note}'}")
+    print(f"tokens per text: {quantiles}; mean {lengths.mean():.0f}{note_of(odd, '; ')}")
     if args.max_length:
         padding = 1 - lengths.mean() / args.max_length
         print(f"padded to {args.max_length} tokens, {padding:.1%} of all tokens would be padding; packed, none is")

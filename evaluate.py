@@ -54,7 +54,12 @@ def parse_args(argv=None):
     one("--example", type=data.number(int, 0), metavar="N", help="print text N of the part and its prediction")
     one("--predict", metavar="FILE", help="label every row of this file (it needs a column text) into --output")
     one("--merge", type=data.folder, metavar="FOLDER", help="write adapter and base as one plain transformers model")
-    add("--output", type=Path, metavar="FILE", help="the .csv or .jsonl file for --predict: one row per row, in order")
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=".csv or .jsonl file for --predict: the same rows in the same order",
+    )
     add("--compare", nargs="+", metavar="FILE", help="compare predictions-*.jsonl files about the same texts")
     add("--model", help="path or id of the adapter's base model, if it has moved since training")
     add("--hub", choices=data.REPOSITORIES, help="hub of the base model (default: as in training)")
@@ -185,9 +190,9 @@ def save_model(folder, model, tokenizer, max_length):
 def predict(model, token_ids, description=None, process=0, processes=1):
     """Logits of each text, float32 (n, classes) in numpy, in order; each text is scored exactly once.
 
-    `description`: of the progress bar; without one there is none. Of several processes each scores every so-many-th
-    row, all run the model equally often, as DDP wants, and all get the whole result. The rows, and so the logits, do
-    not depend on the number of processes.
+    `description`: of the progress bar; without one there is none. Of several processes, p scores the rows p,
+    p + processes, ...; all run the model equally often, as DDP wants, and all get the whole result. The rows, and so
+    the logits, do not depend on the number of processes.
     """
     device = next(model.parameters()).device
     ends = np.cumsum([len(ids) for ids in token_ids]) // (16384 if device.type == "cuda" else 1024)  # tokens in a row
@@ -204,7 +209,7 @@ def predict(model, token_ids, description=None, process=0, processes=1):
         bar.update(processes)
     bar.close()
     model.train(was_training)
-    scored = [(row, logits.float().cpu().numpy()) for row, logits in scored]
+    scored = [(row, logits.cpu().numpy()) for row, logits in scored]
     scored = gather_object(scored) if processes > 1 else scored
     order = [index for row, _ in scored for index in row]
     assert sorted(order) == list(range(len(token_ids))), "every text must be scored exactly once"
@@ -234,8 +239,9 @@ def bootstrap_interval(values, groups, draws=2000):
     if values.dtype == bool and (values.all() or not values.any()):  # every draw would be the same
         bound = 0.025 ** (1 / len(size))  # Clopper and Pearson, 1934
         return [bound, 1.0] if values.all() else [0.0, 1 - bound]
-    drawn = np.random.default_rng(0).multinomial(len(size), np.full(len(size), 1 / len(size)), draws)  # (draws, groups)
-    return [float(bound) for bound in np.percentile(drawn @ total / (drawn @ size), [2.5, 97.5])]
+    rng, share = np.random.default_rng(0), np.full(len(size), 1 / len(size))
+    drawn = (rng.multinomial(len(size), share) for _ in range(draws))  # how often each group is drawn
+    return [float(bound) for bound in np.percentile([d @ total / (d @ size) for d in drawn], [2.5, 97.5])]
 
 
 def auroc(positive, scores):
@@ -302,7 +308,7 @@ def metrics(classes, logits, questions, lengths, names=data.LABELS, temperature=
 
 
 def mcnemar(wins, losses):
-    """McNemar's exact two-sided p for so many texts that only the first, or only the second, of two runs gets right."""
+    """McNemar's exact two-sided p; `wins`, `losses`: texts that only the first, or only the second, run gets right."""
     n, tail, term = wins + losses, 1, 1
     for k in range(1, min(wins, losses) + 1):  # the sum of the first binomial coefficients of n
         term = term * (n - k + 1) // k
@@ -320,13 +326,14 @@ def compare(paths):
         try:
             lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
             right = np.array([line["label"] == line["prediction"] for line in lines])
-            runs.append((path, [(line["text_sha256"], line["label"]) for line in lines], right))
-            questions = [line["question"] for line in lines]  # the same in all files
+            texts = [(line["text_sha256"], line["label"], line["question"]) for line in lines]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is not a predictions file ({short(error, 80)})") from None
-    for (first, texts, right), (second, other_texts, other_right) in itertools.combinations(runs, 2):
-        if texts != other_texts or not texts:
-            raise InputError(f"{first} and {second} are not predictions about the same texts in the same order")
+        if not texts or (runs and texts != runs[0][1]):
+            raise InputError(f"{paths[0]} and {path} are not predictions about the same texts in the same order")
+        runs.append((path, texts, right))
+    for (first, texts, right), (second, _, other_right) in itertools.combinations(runs, 2):
+        questions = [question for _, _, question in texts]
         wins, losses = int((right & ~other_right).sum()), int((other_right & ~right).sum())
         interval = bootstrap_interval(right.astype(float) - other_right, questions)
         table.append({"first": first, "second": second, "n": len(texts), "p": mcnemar(wins, losses)})
@@ -356,8 +363,8 @@ def print_report(result):
         figures = [f"{'-':>9}" if row[key] is None else f"{row[key]:9.4f}" for key in ("precision", "recall", "f1")]
         print(f"{name:12} {' '.join(figures)} {row['n']:7}{'':13}{cells}")
     low, high = result["accuracy_interval"]
-    print(f"accuracy {result['accuracy']:.4f}, 95 % interval {low:.4f} to {high:.4f}; always saying the largest class: "
-          f"{result['largest_class_accuracy']:.4f}")  # fmt: skip
+    print(f"accuracy {result['accuracy']:.4f}, 95 % interval {low:.4f} to {high:.4f}", end="")
+    print(f"; always predicting the largest class: {result['largest_class_accuracy']:.4f}")
     print(f"macro-F1 {result['macro_f1']:.4f}, loss {result['loss']:.4f}", end="")
     print(f", AUROC {result['auroc']:.4f}" if "auroc" in result else "")
     if "auroc" in result:
@@ -437,7 +444,7 @@ def parts_to_score(run, sources=None, split=None):
                 raise InputError(f"{where} does not match the data that this run used: its {part} part differs")
         return [(split or "test", [example for part in wanted for example in parts[part]])]
     if twice := [name for name, n in Counter(Path(source).stem for source in sources).items() if n > 1]:
-        raise InputError(f"--data has two sources named {twice[0]}, as their results would be: rename one")
+        raise InputError(f"--data has two sources whose results would be called {twice[0]}: rename one")
     named = []
     for source in sources:
         examples, _ = data.load_examples([source], run["hub"], protocol, labels)
@@ -449,11 +456,11 @@ def parts_to_score(run, sources=None, split=None):
 def score(name, examples, model, tokenizer, run, output_dir):
     """Predict, report and save one part."""
     labels, temperature, started = run["labels"], run["temperature"], time.perf_counter()
-    token_ids, note = data.tokenize(tokenizer, [example["text"] for example in examples], run["max_length"])
+    token_ids, odd = data.tokenize(tokenizer, [example["text"] for example in examples], run["max_length"])
     logits = predict(model, token_ids, name)
     seconds, lengths = time.perf_counter() - started, np.array([len(ids) for ids in token_ids])
     speed = f"{seconds:.1f} s, {len(examples) / seconds:.0f} texts/s"
-    print(f"\n{name}: {len(examples)} texts, {lengths.sum()} tokens, {speed}{note and f'; of these texts, {note}'}")
+    print(f"\n{name}: {len(examples)} texts, {lengths.sum()} tokens, {speed}{data.note_of(odd, '; of these texts, ')}")
     classes = np.array([labels.index(example["label"]) for example in examples])
     questions = [example["question"] for example in examples]
     result = metrics(classes, logits, questions, lengths, labels, temperature, run["threshold"])
@@ -476,73 +483,78 @@ def score(name, examples, model, tokenizer, run, output_dir):
     print(f"written to {output_dir}: eval-{name}.json, predictions-{name}.jsonl{picture}")
 
 
-def label_rows(rows, model, tokenizer, run):
-    """Add label and calibrated probability to each row that has no `error`; returns the note of `data.tokenize`."""
+def label_rows(rows, model, tokenizer, run, name="label"):
+    """Add the label as `name` and its calibrated `probability` to each row without an error. Returns odd counts."""
     rows = [row for row in rows if "error" not in row]
     texts = [row["text"].encode("utf-8", "replace").decode() for row in rows]
     texts = [data.normalise(text) for text in texts] if run["split"]["protocol"] == "strict" else texts
-    token_ids, note = data.tokenize(tokenizer, texts, run["max_length"])
+    token_ids, odd = data.tokenize(tokenizer, texts, run["max_length"])
     probabilities = softmax(predict(model, token_ids) / run["temperature"]) if rows else []
     for row, p in zip(rows, probabilities, strict=True):
-        row["predicted_label" if "label" in row else "label"] = run["labels"][p.argmax()]
-        row["probability"] = round(float(p.max()), 6)
-    return note
+        row |= {name: run["labels"][p.argmax()], "probability": round(float(p.max()), 6)}
+    return odd
 
 
 def rows_to_label(source):
     """The rows of a file that are not empty; one without a text gets the field `error`, which says why."""
     for place, row in data.read_rows(source):
-        if isinstance(row, dict) and not (isinstance(row.get("text"), str) and row["text"].strip()):
-            yield row | {"error": f"{place} has no text"}
+        if isinstance(row, InputError):
+            yield {"error": f"{place} {row}"}
         elif row is not None:
-            yield row if isinstance(row, dict) else {"error": f"{place} {row}"}
+            fine = isinstance(row.get("text"), str) and row["text"].strip()
+            row = {name: value for name, value in row.items() if name != "error"}  # such as in an output of ours
+            yield row if fine else row | {"error": f"{place} has no text"}
 
 
 def label_file(args, load):
-    """Label each row of a file, in order and in constant memory, into args.output. `load()`: model, tokenizer, run.
+    """Label each row of a file, in order, into args.output. `load()` gives model, tokenizer and run.
 
     Finished rows wait in a .partial file, whose name depends on the run and on the source: the same command, called
     again, continues it.
     """
-    source, output, total, usable = args.predict, args.output, 0, 0
+    source, output, total, usable, name = args.predict, args.output, 0, 0, "label"
     if output.exists():
         raise InputError(f"{output} exists already: choose another --output, or delete it")
     for row in rows_to_label(source):
         total, usable = total + 1, usable + ("error" not in row)
+        name = "predicted_label" if "label" in row else name  # the file has labels, which must not be replaced
     if not usable:
         raise InputError(f"{source} has no row with a text: a column or field called text is needed")
     model, tokenizer, run = load()
-    stat = Path(source).stat()
-    identity = json.dumps([run, args.mixed_precision, stat.st_size, stat.st_mtime_ns])
+    identity = json.dumps([run, args.mixed_precision, os.stat(source).st_size, os.stat(source).st_mtime_ns])
     partial = Path(f"{output}.{hashlib.sha256(identity.encode()).hexdigest()[:8]}.partial")
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(partial, "a+b") as file, tqdm(total=total, desc="predict", unit=" rows") as bar:
         file.seek(0)
-        done = sum(line.endswith(b"\n") for line in file) // CHUNK * CHUNK  # whole chunks, for the same packed rows
+        done, odd = sum(line.endswith(b"\n") for line in file) // CHUNK * CHUNK, Counter()  # whole chunks: equal rows
         file.seek(0)
         file.truncate(sum(len(line) for line in itertools.islice(file, done)))
         bar.update(done)
         rows = itertools.islice(rows_to_label(source), done, None)
         while chunk := list(itertools.islice(rows, CHUNK)):
-            label_rows(chunk, model, tokenizer, run)
+            odd += label_rows(chunk, model, tokenizer, run, name)
             file.writelines(json.dumps(row).encode() + b"\n" for row in chunk)
             file.flush()
             bar.update(len(chunk))
-    with open(partial, encoding="utf-8") as file:
-        columns = {name: None for line in file for name in json.loads(line)}
-        file.seek(0)
-        with open(
-            f"{output}.tmp", "w", encoding="utf-8-sig" if output.suffix == ".csv" else "utf-8", newline=""
-        ) as table:
-            if output.suffix == ".csv":  # with a byte-order mark, so that Excel reads it
-                writer = csv.DictWriter(table, sorted(columns, key="error".__eq__))
-                writer.writeheader()
-                writer.writerows(map(json.loads, file))
-            else:
-                table.writelines(json.dumps(json.loads(line), ensure_ascii=False) + "\n" for line in file)
+    write_labelled(partial, output)
+    note = data.note_of(odd, "; of these texts, ")
+    print(f"{usable} rows labelled, {total - usable} skipped (their field `error` says why){note}; written to {output}")
+
+
+def write_labelled(partial, output):
+    """Turn the JSON lines of `partial` into `output`, a .jsonl or a .csv that Excel reads, and remove `partial`."""
+    encoding = "utf-8-sig" if output.suffix == ".csv" else "utf-8"
+    with open(partial, encoding="utf-8") as file, open(f"{output}.tmp", "w", encoding=encoding, newline="") as table:
+        if output.suffix == ".csv":
+            columns = {name: None for line in file for name in json.loads(line)}
+            file.seek(0)
+            writer = csv.DictWriter(table, sorted(columns, key=lambda name: name == "error"))  # errors come last
+            writer.writeheader()
+            writer.writerows(map(json.loads, file))
+        else:
+            table.writelines(json.dumps(json.loads(line), ensure_ascii=False) + "\n" for line in file)
     os.replace(f"{output}.tmp", output)
     partial.unlink()
-    print(f"{usable} rows labelled, {total - usable} skipped (their field `error` says why); written to {output}")
 
 
 CARD = """---
@@ -569,17 +581,22 @@ def merge(args, run):
     model, tokenizer = load_checkpoint(args.ckpt, run, model=args.model, hub=args.hub)
     probe = np.random.default_rng(0).integers(0, model.classifier().config.vocab_size, (16, 64)).tolist()
     expected, unfinished, test = predict(model, probe), Path(f"{args.merge}.unfinished"), ""
-    if Path(args.ckpt, "eval-test.json").is_file():
-        result = json.loads(Path(args.ckpt, "eval-test.json").read_text(encoding="utf-8"))
-        low, high = result["accuracy_interval"]
-        test = f", test accuracy {result['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f})"
-    test += ". Apply data.normalise to your texts first" if run["split"]["protocol"] == "strict" else ""
-    facts = {"labels": ", ".join(run["labels"]), "data": ", ".join(run["data"]), "protocol": run["split"]["protocol"]}
-    facts |= {"model": run["model"], "max_length": run["max_length"], "accuracy": run["validation"]["accuracy"]}
     try:
+        if Path(args.ckpt, "eval-test.json").is_file():
+            result = json.loads(Path(args.ckpt, "eval-test.json").read_text(encoding="utf-8"))
+            low, high = result["accuracy_interval"]
+            test = f", test accuracy {result['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f})"
+        test += ". Apply data.normalise to your texts first" if run["split"]["protocol"] == "strict" else ""
+        facts = {
+            "labels": ", ".join(run["labels"]),
+            "data": ", ".join(run["data"]),
+            "model": run["model"],
+            "test": test,
+        }
+        facts |= {"protocol": run["split"]["protocol"], "max_length": run["max_length"], **run["validation"]}
         save_model(unfinished, model.model, tokenizer, run["max_length"])
         data.write_atomically(unfinished / "run.json", json.dumps(run | {"lora": False}, indent=1, ensure_ascii=False))
-        data.write_atomically(unfinished / "README.md", CARD.format(test=test, **facts))
+        data.write_atomically(unfinished / "README.md", CARD.format(**facts))
         difference = float(abs(predict(load_checkpoint(unfinished, run | {"lora": False})[0], probe) - expected).max())
         if not difference <= 1e-3 * float(abs(expected).max()):
             raise ValueError(f"its logits differ by {difference:.2g}")
@@ -614,27 +631,24 @@ def main(argv=None):
         return label_file(args, load)
     if args.text is not None:
         row = {"text": args.text}
-        note = label_rows([row], *load())
+        note = data.note_of(label_rows([row], *load()), "note: of 1 text, ")
         print(f"{row['label']} {row['probability']:.4f}")
-        if note:
-            print(f"note: of 1 text, {note}", file=sys.stderr)
-        return
+        return print(note, file=sys.stderr) if note else None
     parts = parts_to_score(run, args.data, args.split)
     if args.example is not None:
         examples = parts[0][1]
         if args.example >= len(examples):
             raise InputError(f"--example {args.example}: {parts[0][0]} has the texts 0 to {len(examples) - 1}")
         row = dict(examples[args.example])
-        label_rows([row], *load())
+        label_rows([row], *load(), "predicted_label")
         verdict = "正确" if row["predicted_label"] == row["label"] else "错误"
         print(f"【预测{verdict}!】Label: {row['label']}, Pred_Label: {row['predicted_label']}\nText: {row['text']}")
         return
     model, tokenizer, run = load()
     weights, device = sum(p.numel() for p in model.parameters()), next(model.parameters()).device
-    kind = f"LoRA r {run['arguments']['lora_r']}, merged" if run["lora"] else "every weight trained"
-    print(f"{type(model.classifier()).__name__} from {run['model']}: {weights:,} parameters; {kind}; on {device}")
+    print(f"{type(model.classifier()).__name__} from {run['model']}: {weights:,} parameters on {device}")
     if args.data and args.split in (None, "all") and set(args.data) & set(run["data"]):
-        print("note: the run was trained on this data; --split test scores the part that it was not trained on")
+        print("note: the run was trained on part of this data; leave out --data to score its own test part")
     output_dir = args.output_dir or Path(args.ckpt)
     if not args.output_dir and not os.access(output_dir, os.W_OK):  # such as /kaggle/input
         output_dir = Path(".")

@@ -7,13 +7,14 @@
 The first two download model and data once; the third is offline and takes half a minute on two CPU cores. Each leaves a
 checkpoint for `python evaluate.py --ckpt OUTPUT_DIR`. A run that was killed continues with --resume.
 
-A step is a pure function of (seed, step): its texts and its random numbers depend on nothing else. So a resumed run
+The texts and the random numbers of a step follow from the seed, the step and the process's rank alone. So a resumed run
 equals an uninterrupted one. Without dropout, whose masks differ, accumulated micro-batches equal one large batch and
 two processes equal one, up to rounding.
 """
 
 import contextlib
 import datetime
+import functools
 import json
 import math
 import os
@@ -74,11 +75,16 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def texts_of(step, texts, step_size, seed):
+@functools.lru_cache(maxsize=2)  # every step of an epoch asks for the same order
+def order_of(seed, epoch, n_texts):
+    """The order in which an epoch visits range(n_texts), an int array."""
+    return np.random.default_rng([seed, epoch]).permutation(n_texts)
+
+
+def texts_of(step, n_texts, step_size, seed):
     """Indices of a step's texts over all processes (list of int); an epoch's last step takes what is left."""
-    epoch, position = divmod(step, math.ceil(texts / step_size))
-    order = np.random.default_rng([seed, epoch]).permutation(texts)  # of all texts, anew in each epoch
-    return order[position * step_size : (position + 1) * step_size].tolist()
+    epoch, position = divmod(step, math.ceil(n_texts / step_size))
+    return order_of(seed, epoch, n_texts)[position * step_size : (position + 1) * step_size].tolist()
 
 
 def learning_rate_of(step, total_steps, peak, warmup_ratio):
@@ -237,7 +243,7 @@ def peak_memory_gib(device):
 
 
 def make_accelerator(args, precision):
-    """The Accelerator, once it is known that the launched processes work together. Raises InputError."""
+    """The Accelerator, after a check that the launched processes see each other. Raises InputError."""
     AcceleratorState._reset_state()  # a second main() in one notebook kernel may want another precision
     # The others wait while the main process downloads or checks the checkpoint: NCCL would give up after ten minutes.
     patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))
@@ -290,22 +296,22 @@ def main(argv=None):
         folder = data.fetch_model(args.model, args.hub)
         tokenizer = data.load_tokenizer(folder)
         model = build_model(args, folder, tokenizer, precision, labels)
-    token_ids, classes, notes = {}, {}, {}
+    token_ids, classes, odd = {}, {}, {}
     for part in ("train", "validation"):
         texts = [example["text"] for example in parts[part]]
-        token_ids[part], notes[part] = data.tokenize(tokenizer, texts, args.max_length)
+        token_ids[part], odd[part] = data.tokenize(tokenizer, texts, args.max_length)
         classes[part] = np.array([labels.index(example["label"]) for example in parts[part]])
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sizes = [sum(parameter.numel() for parameter in some) for some in (trainable, model.parameters())]
     step_size = args.batch_size * args.gradient_accumulation_steps
-    schedule = {"texts": len(parts["train"]), "step_size": step_size, "seed": args.seed}
+    schedule = {"n_texts": len(parts["train"]), "step_size": step_size, "seed": args.seed}
     steps_per_epoch = math.ceil(len(parts["train"]) / step_size)
     total_steps = args.epochs * steps_per_epoch
     if is_main:
         print(f"【model】\n{model.model}\n【model.config】\n{model.classifier().config}")
         share = 100 * sizes[0] / sizes[1]
         print(f"trainable params: {sizes[0]:,} || all params: {sizes[1]:,} || trainable%: {share:.4f}")
-        data.print_parts(parts, labels, notes)
+        data.print_parts(parts, labels, odd)
         print(f"{total_steps} steps of {step_size} texts on {processes} x {device.type}, precision {precision} ({why})")
     optimizer = torch.optim.AdamW(trainable, args.learning_rate, weight_decay=args.weight_decay, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -342,7 +348,7 @@ def main(argv=None):
         for first in range(0, len(texts), args.batch_size):
             micro_batch = texts[first : first + args.batch_size]
             mine = micro_batch[rank::processes]
-            rows = mine or micro_batch[:1]  # every process runs equally often: without a text of its own, with weight 0
+            rows = mine or micro_batch[:1]  # without a text of its own a process runs one with weight 0
             batch = data.pack([token_ids["train"][i] for i in rows], device)
             targets = data.to_device(torch.tensor(classes["train"][rows]), device)  # (rows,)
             last = first + args.batch_size >= len(texts)  # only then do the processes exchange gradients
@@ -350,7 +356,7 @@ def main(argv=None):
                 micro_loss = torch.nn.functional.cross_entropy(model(**batch), targets, reduction="sum")
                 micro_loss = micro_loss * bool(mine) / len(texts)  # this share of the mean over all texts of the step
                 accelerator.backward(micro_loss * processes)  # DDP averages over the processes: undo that
-            loss += micro_loss.detach()
+            loss += micro_loss.detach_()  # detached for good: its graph would keep the parameters alive
 
         # ---- step
         optimizer.param_groups[0]["lr"] = learning_rate_of(step, total_steps, args.learning_rate, args.warmup_ratio)
@@ -377,7 +383,8 @@ def main(argv=None):
         # ---- validate at an epoch's end
         if at_epoch_end:
             logits = evaluate.predict(model, token_ids["validation"], "validation", rank, processes)
-            epoch = [(loss, len(texts_of(i, **schedule))) for i, (loss, _) in enumerate(steps[-steps_per_epoch:])]
+            sizes_of = [len(texts_of(i, **schedule)) for i in range(steps_per_epoch)]
+            epoch = [(loss, size) for (loss, _), size in zip(steps[-steps_per_epoch:], sizes_of, strict=True)]
             epoch = [(loss * size, size) for loss, size in epoch if math.isfinite(loss)] or [(math.nan, 1)]
             row = {"epoch": done // steps_per_epoch, "training_loss": float(np.divide(*np.sum(epoch, axis=0)))}
             row |= {"validation_loss": evaluate.negative_log_likelihood(classes["validation"], logits)}
@@ -409,7 +416,7 @@ def main(argv=None):
             evaluate.save_model(output_dir, accelerator.unwrap_model(model).model, tokenizer, args.max_length)
     del model, optimizer, trainable  # room for the copy that is loaded
     accelerator.free_memory()
-    accelerator.free_memory()  # the first call collects garbage before it drops its own references, the second after
+    accelerator.free_memory()  # twice: it collects garbage before it drops its own references
     if is_main:
         epochs = [line for line in lines if "epoch" in line]
         run = {

@@ -435,13 +435,17 @@ def report(args, facts, results):
     with contextlib.suppress(ImportError):  # matplotlib is optional
         from matplotlib.figure import Figure  # not pyplot: no global figure, no display
 
-        figure = Figure(figsize=(9, 1 + 0.3 * len(bars)), layout="constrained")
+        figure = Figure(figsize=(10, 1.2 + 0.34 * len(bars)), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
         axes[0].invert_yaxis()
         colors = ["tab:orange" if f": {OURS}" in bar[0] or f": {OUR_PREDICT}" in bar[0] else "tab:gray" for bar in bars]
-        for column, heading in ((1, "speed, times the first of its kind"), (2, "peak memory, GiB")):
-            axes[column - 1].barh([bar[0] for bar in bars], [bar[column] for bar in bars], color=colors)
+        task = {"training": RECIPE, "evaluation": ONE_BY_ONE}.get(args.only, "the first of each group")
+        for column, heading, unit in ((1, f"speed-up over {task}", "x"), (2, "peak memory, GiB", "")):
+            shown = axes[column - 1].barh([bar[0] for bar in bars], [bar[column] for bar in bars], color=colors)
+            axes[column - 1].bar_label(shown, [f"{bar[column]:.1f}{unit}" for bar in bars], padding=2, fontsize=9)
             axes[column - 1].set_xlabel(heading)
+            axes[column - 1].margins(x=0.15)
+        figure.suptitle(f"{lines[0].partition(';')[0]}; {facts['device']}, {facts['threads']} threads", fontsize=10)
         figure.savefig(args.output_dir / "benchmark.png", dpi=110)
     return text
 

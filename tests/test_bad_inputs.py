@@ -268,6 +268,8 @@ BAD_MODELS = [  # (what is wrong, files, words)
     ("no weights", NO_SAFETENSORS, ["tiny", "model.safetensors"]),
     ("truncated weights", {"tiny/model.safetensors": half}, ["tiny", "model.safetensors", "cut off"]),
     ("weights that are no safetensors", {"tiny/model.safetensors": "junk"}, ["tiny", "model.safetensors", "damaged"]),
+    ("an index that is a Git LFS pointer", {"tiny/model.safetensors.index.json": LFS}, ["index", "LFS pointer"]),
+    ("config.json is a list", {"tiny/config.json": "[]"}, ["config.json", "damaged"]),
     ("weights that are a Git LFS pointer", {"tiny/model.safetensors": LFS}, ["model.safetensors", "Git LFS pointer"]),
     ("pickled weights only", NO_SAFETENSORS | {"tiny/pytorch_model.bin": "x"}, ["pytorch_model.bin", "safetensors"]),
     ("GGUF weights only", NO_SAFETENSORS | {"tiny/q4.gguf": "GGUF"}, ["q4.gguf", "safetensors"]),

@@ -73,7 +73,7 @@ def test_absent_class_has_no_figures(capsys):
     evaluate.print_report(result | {"confident_errors": []})
     printed = capsys.readouterr().out
     assert re.search(r"^z +- +- +- +0 ", printed, re.M)
-    assert "always saying the largest class: 0.9900" in printed and "macro-F1 0.4975" in printed
+    assert "always predicting the largest class: 0.9900" in printed and "macro-F1 0.4975" in printed
 
 
 def test_calibration_error_by_definition():
@@ -139,6 +139,11 @@ def test_compare(tmp_path, capsys):
     assert row["interval"][0] < 0.06 < row["interval"][1]
     evaluate.main(["--compare", first, second])
     assert "difference +0.0600" in capsys.readouterr().out
+    assert len(evaluate.compare([first, second, first])) == 3
+    for name, texts, n in (("other", "cd", 100), ("shorter", "ab", 90)):
+        third = write_predictions(tmp_path / f"{name}.jsonl", [True] * n, texts=texts)
+        with pytest.raises(data.InputError, match="not predictions about the same texts"):
+            evaluate.compare([first, second, third])
     other = write_predictions(tmp_path / "other.jsonl", [True] * 100, texts="cd")
     with pytest.raises(data.InputError, match="not predictions about the same texts"):
         evaluate.compare([first, other])

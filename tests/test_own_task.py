@@ -299,6 +299,8 @@ def test_predict_keeps_a_label_that_is_there(three_classes, tmp_path, capsys):
     path = write_csv(tmp_path / "texts.csv", [{"text": "球队进球", "label": "gold"}])
     [row] = predict(out, path, tmp_path / "labels.csv")
     assert (row["label"], row["predicted_label"]) == ("gold", "足球")
+    again = predict(out, tmp_path / "labels.csv", tmp_path / "again.jsonl")  # with a column `error` of our own
+    assert [(row["label"], row["predicted_label"]) for row in again] == [("gold", "足球")]
     capsys.readouterr()
 
 
