@@ -251,7 +251,7 @@ def json_rows(file):
             if not isinstance(row, dict | None):
                 row = InputError(f"is a JSON {type(row).__name__}, not an object with text and label (or HC3's fields)")
         except (ValueError, RecursionError) as error:
-            row = InputError(f"is not JSON ({getattr(error, 'msg', error)}): expected an object per line, or one array")
+            row = InputError(f"is not JSON ({getattr(error, 'msg', error)}): give one object per line, or one array")
         yield f"{'row' if array else 'line'} {number}", row
 
 
