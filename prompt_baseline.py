@@ -27,7 +27,6 @@ from data import InputError, short
 SYSTEM = "你擅长文本分类，能判断一段文字描述来自human还是chatgpt。你只需要回答一个单词，回答human或者chatgpt。"
 USER = "这里有一段关于{topic}的文字描述，请判断它来自human还是chatgpt：\n {text}"
 BAIKE_OPENING = "我有一个计算机相关的问题，请用中文回答，什么是 "  # of every baike question; what follows is its topic
-NAMES = {"human": r"human|人类", "chatgpt": r"chat[\s-]*gpt|人工智能|机器"}  # what a reply may call the two classes
 SPELLINGS = {"human": ("human", "Human", "人类"), "chatgpt": ("chatgpt", "ChatGPT", "人工智能", "机器")}
 
 
@@ -71,8 +70,8 @@ def question_examples(examples, questions):
 
 def parse_reply(reply):
     """The class that a reply names in any case, width or sentence; None if it names both or neither. Never raises."""
-    plain = unicodedata.normalize("NFKC", reply).lower()
-    named = [label for label, pattern in NAMES.items() if re.search(pattern, plain)]
+    plain = re.sub(r"[\s-]", "", unicodedata.normalize("NFKC", reply).lower())
+    named = [label for label, words in SPELLINGS.items() if any(word.lower() in plain for word in words)]
     return named[0] if len(named) == 1 else None
 
 
@@ -86,8 +85,7 @@ class Prompt:
             before, _, after = chat.partition("\x00")
             self.end = tokenizer(after, add_special_tokens=False)["input_ids"][0]
         except Exception as error:  # no template at all, or one that refuses these messages
-            reason = short(error, 100)
-            raise InputError(f"no usable chat template ({reason}): choose a chat model as --model") from None
+            raise InputError(f"no usable chat template ({short(error, 80)}): give a chat model as --model") from None
         self.tokenizer = tokenizer
         self.before, self.after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
 
@@ -140,18 +138,17 @@ def read_replies(path):
     """(true labels, replies) of a replies.jsonl. Raises InputError."""
     try:
         lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
-        labels = [data.LABELS[data.LABELS.index(line["label"])] for line in lines]
-        replies = [line["reply"] + "" for line in lines]
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"each line needs a label (human or chatgpt) and a reply ({short(error, 60)})"
-        raise InputError(f"{path} is not a replies.jsonl: {reason}") from None
-    if not lines:
-        raise InputError(f"{path} holds no replies")
-    return labels, replies
+        sound = all(line["label"] in data.LABELS and isinstance(line["reply"], str) for line in lines)
+    except (ValueError, KeyError, TypeError):
+        sound = False
+    if not sound or not lines:
+        problem = "is not a replies.jsonl: each line needs a label (human or chatgpt) and a reply"
+        raise InputError(f"{path} {problem if not sound else 'holds no replies'}")
+    return [line["label"] for line in lines], [line["reply"] for line in lines]
 
 
 def report(labels, replies):
-    """Print the published baseline's lines and the accuracy; a reply that names both classes or neither is wrong."""
+    """Print the published baseline's lines and the accuracy. Returns the classes named; both or neither is wrong."""
     named = [parse_reply(reply) for reply in replies]
     right = [name == label for label, name in zip(labels, named, strict=True)]
     if labels == [*data.LABELS] * (len(labels) // 2):  # in pairs, as published
@@ -160,13 +157,15 @@ def report(labels, replies):
             print(f"Test NO.{i // 2}: response=[{replies[i]},{replies[i + 1]}] acc=({sum(right[: i + 2])}/{i + 2})")
     print(f"\nTest准确率：acc={sum(right) / len(right)}")
     print(f"{sum(right)} of {len(right)} correct; {named.count(None)} replies name both classes or neither")
+    return named
 
 
 @data.one_line_errors
 def main(argv=None):
     args = parse_args(argv)
     if args.replay:
-        return report(*read_replies(args.replay))
+        report(*read_replies(args.replay))
+        return
     precision, _ = data.choose_precision()
     if args.ckpt:
         run = evaluate.read_run(args.ckpt)
@@ -176,7 +175,6 @@ def main(argv=None):
         examples, validation = (evaluate.parts_to_score(run, split=part)[0][1] for part in ("test", "validation"))
     else:
         examples, validation = question_examples(data.load_examples(args.data, args.hub)[0], args.questions)
-    labels = [example["label"] for example in examples]
     folder = data.fetch_model(args.model, args.hub)
     prompt = Prompt(data.load_tokenizer(folder))
     model = data.load_model(transformers.AutoModelForCausalLM, folder, data.DTYPES[precision])
@@ -197,9 +195,8 @@ def main(argv=None):
     text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
     data.write_atomically(args.output_dir / "replies.jsonl", text)
     scores = [{"logits": row.tolist()} for row in log_p] if log_p is not None else ()
-    named = [parse_reply(reply) for reply in replies]
+    named = report([example["label"] for example in examples], replies)
     data.save_predictions(args.output_dir / "predictions-prompt.jsonl", examples, named, scores)
-    report(labels, replies)
     print(f"written to {args.output_dir}: replies.jsonl, predictions-prompt.jsonl")
 
 

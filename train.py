@@ -191,23 +191,7 @@ def check_checkpoint(folder, run, accelerator, token_ids, classes, trained):
         raise InputError(f"the checkpoint in {folder}, loaded again, gives different logits from the trained model")
     run["validation"] = {"accuracy": float((loaded.argmax(1) == classes).mean())}
     run["validation"]["loss"] = evaluate.negative_log_likelihood(classes, loaded)
-    run["temperature"], run["threshold"] = fit_calibration(classes, loaded)
-
-
-def fit_calibration(classes, logits):
-    """Temperature and threshold from the validation part.
-
-    The temperature divides the logits so that the likelihood is highest (Guo et al., 2017), searched from 0.1 to 10 in
-    steps of 1 %. The threshold is the probability of the second class that at most 1 % of the first class's texts
-    exceed; None with fewer than 100 of them, or with more than two classes.
-    """
-    grid = np.geomspace(0.1, 10, 463)
-    temperature = float(min(grid, key=lambda t: evaluate.negative_log_likelihood(classes, logits / t)))
-    if len(classes) < 100 or temperature in (grid[0], grid[-1]):  # too few texts, or too few errors, to learn it from
-        temperature = 1.0
-    negative = np.sort(evaluate.softmax(logits / temperature)[classes == 0, 1])
-    enough = len(negative) >= 100 and logits.shape[1] == 2
-    return temperature, float(negative[-1 - len(negative) // 100]) if enough else None
+    run["temperature"], run["threshold"] = evaluate.fit_calibration(classes, loaded)
 
 
 def plot_curves(folder, lines):
@@ -246,8 +230,8 @@ def make_accelerator(args, precision):
     """The Accelerator, after a check that the launched processes see each other. Raises InputError."""
     AcceleratorState._reset_state()  # a second main() in one notebook kernel may want another precision
     # The others wait while the main process downloads or checks the checkpoint: NCCL would give up after ten minutes.
-    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=6))
-    handlers = [patience, DistributedDataParallelKwargs(broadcast_buffers=False)]
+    patience, options = datetime.timedelta(hours=6), DistributedDataParallelKwargs(broadcast_buffers=False)
+    handlers = [InitProcessGroupKwargs(timeout=patience), options]
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers)
     kind, processes = accelerator.distributed_type, accelerator.num_processes
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
@@ -283,8 +267,7 @@ def main(argv=None):
     precision, why = data.choose_precision(args.mixed_precision)
     resuming = unfinished_run(args)
     if resuming is None:
-        print(f"the run in {args.output_dir} has finished: there is nothing to resume")
-        return
+        return print(f"the run in {args.output_dir} has finished: there is nothing to resume")
     accelerator = make_accelerator(args, precision)
     device, is_main, output_dir = accelerator.device, accelerator.is_main_process, args.output_dir
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -338,8 +321,8 @@ def main(argv=None):
     model.train()
     started, pending, logits = time.perf_counter(), [], None
     look = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # a notebook gives a command 80 columns
-    todo = range(first_step, total_steps)
-    bar = tqdm(todo, "train", total_steps, initial=first_step, disable=not is_main, bar_format=look)
+    options = {"total": total_steps, "initial": first_step, "disable": not is_main, "bar_format": look}
+    bar = tqdm(range(first_step, total_steps), "train", **options)
     for step in bar:
         # ---- forward and backward, one micro-batch after another; each process takes its share of the texts
         torch.manual_seed(int(np.random.SeedSequence([args.seed, step, rank]).generate_state(1)[0]))  # for dropout
@@ -376,19 +359,20 @@ def main(argv=None):
             bar.set_postfix_str(f"loss {steps[-1][0]:.4f}, lr {rate:.2e}, {speed:.0f} texts/s")
         if done % LOG_EVERY == 0:
             finite = [pair for pair in steps[-LOG_EVERY:] if np.isfinite(pair).all()]  # fp16 skips the other steps
-            losses = [loss for loss, _ in finite]
-            means = {"loss": sum(losses) / len(losses), "grad_norm": finite[-1][1]} if finite else {}
+            means = (
+                {"loss": sum(loss for loss, _ in finite) / len(finite), "grad_norm": finite[-1][1]} if finite else {}
+            )
             new_lines.append({"step": done, **means, "learning_rate": rate, "skipped_steps": LOG_EVERY - len(finite)})
 
         # ---- validate at an epoch's end
         if at_epoch_end:
             logits = evaluate.predict(model, token_ids["validation"], "validation", rank, processes)
-            sizes_of = [len(texts_of(i, **schedule)) for i in range(steps_per_epoch)]
-            epoch = [(loss, size) for (loss, _), size in zip(steps[-steps_per_epoch:], sizes_of, strict=True)]
-            epoch = [(loss * size, size) for loss, size in epoch if math.isfinite(loss)] or [(math.nan, 1)]
-            row = {"epoch": done // steps_per_epoch, "training_loss": float(np.divide(*np.sum(epoch, axis=0)))}
-            row |= {"validation_loss": evaluate.negative_log_likelihood(classes["validation"], logits)}
-            row |= {"accuracy": float((logits.argmax(1) == classes["validation"]).mean())}
+            losses = np.array([loss for loss, _ in steps[-steps_per_epoch:]])
+            weights = [len(texts_of(i, **schedule)) for i in range(steps_per_epoch)] * np.isfinite(losses)
+            mean = np.nansum(losses * weights) / max(1, weights.sum())  # over texts, less the steps that fp16 skipped
+            row = {"epoch": done // steps_per_epoch, "training_loss": float(mean)}
+            row["validation_loss"] = evaluate.negative_log_likelihood(classes["validation"], logits)
+            row["accuracy"] = float((logits.argmax(1) == classes["validation"]).mean())
             new_lines.append({"step": done, **row})
             if is_main:
                 with bar.external_write_mode():  # flushed before the bar is drawn anew: a notebook has two streams
@@ -400,8 +384,8 @@ def main(argv=None):
         # ---- save
         lines += new_lines
         if saving:
-            seconds = seconds_before + time.perf_counter() - started
-            values = {"steps": steps, "lines": lines, "seconds": seconds, "arguments": arguments}
+            values = {"steps": steps, "lines": lines, "arguments": arguments}
+            values["seconds"] = seconds_before + time.perf_counter() - started
             save_state(output_dir / "state.pt", accelerator, model, optimizer, values)
         if is_main and new_lines:
             with (output_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:

@@ -93,11 +93,11 @@ def test_temperature_finds_the_scale_that_was_applied():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(20000, 2)) * 2
     labels = (rng.random(20000) < evaluate.softmax(logits)[:, 1]).astype(int)
-    temperature, threshold = train.fit_calibration(labels, logits * 3)
+    temperature, threshold = evaluate.fit_calibration(labels, logits * 3)
     assert temperature == pytest.approx(3, rel=0.05)
     called = evaluate.softmax(logits * 3 / temperature)[labels == 0, 1] > threshold
     assert 0.009 <= called.mean() <= 0.01
-    assert train.fit_calibration(labels[:150], logits[:150])[1] is None  # fewer than 100 human texts
+    assert evaluate.fit_calibration(labels[:150], logits[:150])[1] is None  # fewer than 100 human texts
 
 
 def test_interval_resamples_questions():

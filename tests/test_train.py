@@ -85,7 +85,7 @@ MOMENTS = [
     ("evaluate.save_model", 1, "after"),
     ("transformers.PreTrainedTokenizerBase.save_pretrained", 1, "before"),  # half of it is exported
     ("evaluate.load_checkpoint", 1, "after"),  # exported, but not checked
-    ("train.fit_calibration", 1, "after"),
+    ("evaluate.fit_calibration", 1, "after"),
     ("train.plot_curves", 1, "before"),
     ("train.plot_curves", 1, "after"),
     ("data.write_atomically", 2, "before"),  # checked, but run.json is not written
