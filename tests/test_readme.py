@@ -4,7 +4,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY
 
 import data
 import evaluate
@@ -54,3 +54,21 @@ def test_links_and_pictures_exist(name):
     targets = [target for target in re.findall(r"\]\(([^)#]+)\)", TEXTS[name]) if "://" not in target]
     assert any(target.endswith(".png") for target in targets)
     assert [target for target in targets if not (ROOT / target).is_file()] == []
+
+
+def test_snippet_gives_our_labels(lora_checkpoint, tmp_path, capsys):
+    """What README tells other programs to pass: the merged model's pipeline, and the adapter on its base."""
+    merged, text = tmp_path / "merged", "总之，建议您咨询专业人士。"
+    evaluate.main(["--ckpt", str(lora_checkpoint), "--merge", str(merged)])
+    [snippet] = re.findall(r"^```python\n(from peft.*?)^```$", TEXTS["README.md"], re.M | re.S)
+    snippet = snippet.replace('pipeline("text', 'answer = pipeline("text').replace("out/merged", str(merged))
+    names = {}
+    exec(snippet.replace("out/demo", str(lora_checkpoint)).replace("tests/tiny-qwen", str(TINY)), names)
+    run = evaluate.read_run(lora_checkpoint)
+    ours, tokenizer = evaluate.load_checkpoint(lora_checkpoint, run)
+    expected = evaluate.predict(ours, data.tokenize(tokenizer, [text])[0])
+    assert names["answer"][0]["label"] == run["labels"][expected.argmax()]
+    assert names["answer"][0]["score"] == pytest.approx(evaluate.softmax(expected).max(), abs=1e-5)
+    logits = names["model"].eval()(**names["tokenizer"](text, return_tensors="pt")).logits.detach().numpy()
+    assert logits == pytest.approx(expected, abs=1e-5)
+    assert names["model"].config.id2label == {0: "human", 1: "chatgpt"}
