@@ -138,12 +138,13 @@ def read_replies(path):
     """(true labels, replies) of a replies.jsonl. Raises InputError."""
     try:
         lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
-        sound = all(line["label"] in data.LABELS and isinstance(line["reply"], str) for line in lines)
-    except (ValueError, KeyError, TypeError):
-        sound = False
-    if not sound or not lines:
-        problem = "is not a replies.jsonl: each line needs a label (human or chatgpt) and a reply"
-        raise InputError(f"{path} {problem if not sound else 'holds no replies'}")
+        if not all(line["label"] in data.LABELS and isinstance(line["reply"], str) for line in lines):
+            raise ValueError("one has another label, or a reply that is not a string")
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"each line needs a label (human or chatgpt) and a reply ({short(error, 60)})"
+        raise InputError(f"{path} is not a replies.jsonl: {problem}") from None
+    if not lines:
+        raise InputError(f"{path} holds no replies")
     return [line["label"] for line in lines], [line["reply"] for line in lines]
 
 
