@@ -38,7 +38,7 @@ LABELS = ("human", "chatgpt")  # class 0 and class 1 of HC3; your own task has i
 FIELDS = ("question", "human_answers", "chatgpt_answers")  # of an HC3 row; the answers are lists
 REPOSITORIES = {"huggingface": "Hello-SimpleAI/HC3-Chinese", "modelscope": "AI-ModelScope/HC3-Chinese"}
 PARTS = ("train", "validation", "test")
-FILE_PARTS = {"train": "train", "validation": "validation", "val": "validation", "dev": "validation", "test": "test"}
+FILE_PARTS = dict.fromkeys(("validation", "valid", "val", "dev"), "validation") | {"train": "train", "test": "test"}
 PROTOCOLS = ("seed", "strict")  # see split_examples
 SPLIT_SEED = 233  # the published one, and fixed: --seed changes the training but never the split
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --mixed_precision
@@ -103,7 +103,7 @@ def one_line_errors(main):
                 "out of GPU memory: lower --batch_size and raise --gradient_accumulation_steps, or lower --max_length"
             )
         except (InputError, OSError) as error:
-            line = short(error, 400)
+            line = short(error, 300)
         except KeyboardInterrupt:
             line = "interrupted"
         finally:
@@ -186,6 +186,8 @@ def text_encoding(path, modified):
     """Encoding of a text file: UTF-8, UTF-16 with a byte-order mark, or GB18030 as Excel in China. Or InputError."""
     if Path(path).is_dir():
         raise InputError(f"{path} is a folder: give the .jsonl or .csv files in it")
+    if Path(path).exists() and not Path(path).is_file():  # such as a pipe, which cannot be read twice
+        raise InputError(f"{path} is not a regular file: save it as one first")
     with open(path, "rb") as file:
         start = file.read(64)
     if kind := next((kind for signature, kind in SIGNATURES.items() if start.startswith(signature)), None):
@@ -219,7 +221,7 @@ def table_rows(file):
         0,
     )  # last: line of the row before
     try:
-        names = next(rows, [])
+        names = [name.strip() for name in next(rows, [])]
         if twice := [name for name in names if name and names.count(name) > 1]:
             raise InputError(f"{file.name} has two columns named {short(twice[0])}: rename or remove one")
         last = rows.line_num
@@ -378,14 +380,16 @@ def split_examples(examples, protocol="seed", labels=LABELS):
     that the two answers to a question may stand in different parts. Your own task: all texts, 8:1:1 of each class.
     strict: whole questions by `part_of`; of texts that occur in several parts only the copies in the part furthest
     from training stay, so that no test text was trained on.
-    Files called train, validation (val, dev) and test that are given together are these parts, whatever the protocol;
-    a part that is not given is drawn from train.
+    Files called train, validation (valid, val, dev) and test that are given together are these parts, whatever the
+    protocol; a part that is not given is drawn from train.
     """
     if len(examples) < 10:
         raise InputError(f"{len(examples)} texts cannot be split 8:1:1: at least 10 are needed")
-    sources = {example["source"] for example in examples}
-    named = len(sources) > 1 and "train" in sources and sources <= FILE_PARTS.keys()
-    part = {i: FILE_PARTS[example["source"]] if named else "train" for i, example in enumerate(examples)}
+    sources = {example["source"].lower() for example in examples}
+    named = len(sources) > 1 and sources <= FILE_PARTS.keys()
+    if named and "train" not in sources:
+        raise InputError(f"the files {', '.join(sorted(sources))} are parts of a task: give its train file as well")
+    part = {i: FILE_PARTS[example["source"].lower()] if named else "train" for i, example in enumerate(examples)}
     pool, absent, drawn = [i for i in part if part[i] == "train"], set(PARTS) - set(part.values()), {}
     if protocol == "strict":
         drawn = {i: part_of(examples[i]["question"]) for i in pool}

@@ -113,7 +113,7 @@ def add_lora(model, arguments):
     from peft import LoraConfig, get_peft_model
 
     targets = arguments["lora_targets"]
-    layers = [f".{name}" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    layers = [f".{name}" for name, module in model.base_model.named_modules() if isinstance(module, torch.nn.Linear)]
     if missing := [target for target in targets if not any(name.endswith(f".{target}") for name in layers)]:
         has = " ".join(sorted({name.rpartition(".")[2] for name in layers}))
         raise InputError(f"--lora_targets {' '.join(missing)}: the model has no such layer; it has {has}")
@@ -342,8 +342,8 @@ def compare(paths):
         try:
             lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
             right = np.array([line["label"] == line["prediction"] for line in lines])
-            texts = [(line["text_sha256"], line["label"], line["question"]) for line in lines]
-        except (ValueError, KeyError, TypeError) as error:
+            texts = [(line["text_sha256"], line["label"], str(line["question"])) for line in lines]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path} is not a predictions file ({short(error, 80)})") from None
         if not texts or (runs and texts != runs[0][1]):
             raise InputError(f"{paths[0]} and {path} are not predictions about the same texts in the same order")
@@ -405,7 +405,10 @@ def plot_report(path, title, result, classes, logits):
 
     names, confusion, rows = list(result["per_class"]), np.array(result["confusion"]), result["by_length"]
     chinese = sorted(filter(re.compile("CJK|Hei|Song|Kai|Ming|PingFang").search, font_manager.get_font_names()))
-    with rc_context({"font.family": [*chinese[:3], "DejaVu Sans"]}), warnings.catch_warnings():
+    with (
+        rc_context({"font.family": [*chinese[:3], "DejaVu Sans"], "text.parse_math": False}),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # the fonts may lack the characters of a class's name
         figure = Figure(figsize=(13, 3.6), layout="constrained")
         matrix, calibration, roc, by_length = figure.subplots(1, 4)
@@ -512,11 +515,13 @@ def label_rows(rows, model, tokenizer, run, name="label"):
 
 
 def rows_to_label(source):
-    """The rows of a file that are not empty; one without a text gets the field `error`, which says why."""
+    """The rows of a file, None for an empty one; a row without a text gets the field `error`, which says why."""
     for place, row in data.read_rows(source):
         if isinstance(row, InputError):
             yield {"error": f"{place} {row}"}
-        elif row is not None:
+        elif row is None:
+            yield None
+        else:
             fine = isinstance(row.get("text"), str) and row["text"].strip()
             row = {name: value for name, value in row.items() if name != "error"}  # such as in an output of ours
             yield row if fine else row | {"error": f"{place} has no text"}
@@ -528,16 +533,18 @@ def label_file(args, load):
     Finished rows wait in a .partial file, whose name depends on the run and on the source: the same command, called
     again, continues it.
     """
-    source, output, total, usable, name = args.predict, args.output, 0, 0, "label"
+    source, output, count, name = args.predict, args.output, Counter(), "label"
     if output.exists():
         raise InputError(f"{output} exists already: choose another --output, or delete it")
     for row in rows_to_label(source):
-        total, usable = total + 1, usable + ("error" not in row)
-        name = "predicted_label" if "label" in row else name  # the file has labels, which must not be replaced
-    if not usable:
+        count["empty" if row is None else "skipped" if "error" in row else "labelled"] += 1
+        if row is not None and "label" in row:  # the file's own labels must not be replaced
+            name = "predicted_label"
+    if not count["labelled"]:
         raise InputError(f"{source} has no row with a text: a column or field called text is needed")
     model, tokenizer, run = load()
-    identity = json.dumps([run, args.mixed_precision, os.stat(source).st_size, os.stat(source).st_mtime_ns])
+    stat, total = os.stat(source), count["labelled"] + count["skipped"]
+    identity = json.dumps([run, args.model, args.hub, args.mixed_precision, stat.st_size, stat.st_mtime_ns])
     partial = Path(f"{output}.{hashlib.sha256(identity.encode()).hexdigest()[:8]}.partial")
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(partial, "a+b") as file, tqdm(total=total, desc="predict", unit=" rows") as bar:
@@ -546,15 +553,16 @@ def label_file(args, load):
         file.seek(0)
         file.truncate(sum(len(line) for line in itertools.islice(file, done)))
         bar.update(done)
-        rows = itertools.islice(rows_to_label(source), done, None)
+        rows = itertools.islice(filter(None, rows_to_label(source)), done, None)
         while chunk := list(itertools.islice(rows, CHUNK)):
             odd += label_rows(chunk, model, tokenizer, run, name)
             file.writelines(json.dumps(row).encode() + b"\n" for row in chunk)
             file.flush()
             bar.update(len(chunk))
     write_labelled(partial, output)
+    skipped = f"{count['skipped']} skipped (their field `error` says why), {count['empty']} empty rows left out"
     note = data.note_of(odd, "; of these texts, ")
-    print(f"{usable} rows labelled, {total - usable} skipped (their field `error` says why){note}; written to {output}")
+    print(f"{count['labelled']} rows labelled, {skipped}{note}; written to {output}")
 
 
 def write_labelled(partial, output):
@@ -594,6 +602,8 @@ def merge(args, run):
         raise InputError(f"{args.ckpt} is not an adapter: it is a whole transformers model already")
     if args.merge.exists() and any(args.merge.iterdir()):
         raise InputError(f"--merge {args.merge} is not empty: choose another folder")
+    if Path(f"{args.merge}.unfinished").exists():
+        raise InputError(f"{args.merge}.unfinished is in the way: delete or rename it")
     model, tokenizer = load_checkpoint(args.ckpt, run, model=args.model, hub=args.hub)
     probe = np.random.default_rng(0).integers(0, model.classifier().config.vocab_size, (16, 64)).tolist()
     expected, unfinished, test = predict(model, probe), Path(f"{args.merge}.unfinished"), ""

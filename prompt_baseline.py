@@ -140,7 +140,7 @@ def read_replies(path):
         lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
         if not all(line["label"] in data.LABELS and isinstance(line["reply"], str) for line in lines):
             raise ValueError("one has another label, or a reply that is not a string")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         problem = f"each line needs a label (human or chatgpt) and a reply ({short(error, 60)})"
         raise InputError(f"{path} is not a replies.jsonl: {problem}") from None
     if not lines:

@@ -44,10 +44,10 @@ FREE_TO_CHANGE = ("output_dir", "save_steps", "resume", "overwrite", "gradient_c
 def parse_args(argv=None):
     parser = data.ArgumentParser(description=__doc__.splitlines()[0])
     data.add_options(parser)
-    positive = data.number(int, 1)
+    positive = data.number(int, 1, 2**31)
     add = parser.add_argument_group("model").add_argument
     add("--lora", action="store_true", help="train a LoRA adapter instead of every weight")
-    add("--lora_r", type=positive, default=8, help="rank of the adapter")
+    add("--lora_r", type=data.number(int, 1, 4096), default=8, help="rank of the adapter")
     add("--lora_alpha", type=positive, default=16, help="LoRA scaling numerator: the update is scaled by alpha / r")
     add("--lora_dropout", type=data.number(float, 0, 0.99), default=0.1, help="dropout in front of the adapter")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -119,6 +119,8 @@ def unfinished_run(args):
     files = sorted(path.name for path in args.output_dir.glob("*") if path.is_file())
     if Path(args.model).resolve() == args.output_dir.resolve():
         raise InputError(f"--output_dir {args.output_dir} is the folder of the base model: choose another")
+    if any(Path(source).resolve().parent == args.output_dir.resolve() for source in args.data if Path(source).exists()):
+        raise InputError(f"--output_dir {args.output_dir} holds the training data: choose another")
     if not {"run.json", "state.pt", "metrics.jsonl"} & set(files):
         if files:
             raise InputError(f"{args.output_dir} holds other files ({short(files[0])}): choose another --output_dir")
@@ -184,6 +186,8 @@ def check_checkpoint(folder, run, accelerator, token_ids, classes, trained):
     `trained`: the validation logits (n, classes) of the model in training. Raises InputError if those of the loaded
     model differ by more than the rounding of the precision explains.
     """
+    if not np.isfinite(trained).all():
+        raise InputError("the trained model's logits are not finite: start again with --overwrite and a lower rate")
     model, _ = evaluate.load_checkpoint(folder, run, device=accelerator.device)
     loaded = evaluate.predict(model, token_ids, "check")
     tolerance = {"no": 1e-3, "bf16": 0.2, "fp16": 0.1}[accelerator.mixed_precision] * np.abs(trained).mean()
@@ -284,6 +288,8 @@ def main(argv=None):
         texts = [example["text"] for example in parts[part]]
         token_ids[part], odd[part] = data.tokenize(tokenizer, texts, args.max_length)
         classes[part] = np.array([labels.index(example["label"]) for example in parts[part]])
+    if max(map(max, token_ids["train"] + token_ids["validation"])) >= model.classifier().config.vocab_size:
+        raise InputError(f"the tokenizer in {args.model} has more tokens than the model: they do not belong together")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sizes = [sum(parameter.numel() for parameter in some) for some in (trainable, model.parameters())]
     step_size = args.batch_size * args.gradient_accumulation_steps

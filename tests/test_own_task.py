@@ -151,7 +151,7 @@ def test_each_class_has_its_share_in_each_part(tmp_path):
     assert parts == data.split_examples(examples, labels=labels)
 
 
-@pytest.mark.parametrize("validation", ["validation.csv", "dev.csv", "val.csv", None])
+@pytest.mark.parametrize("validation", ["validation.csv", "Dev.csv", "valid.csv", None])
 def test_given_parts_are_used(validation, tmp_path, capsys):
     """train, validation (dev, val) and test given together are these parts, and the checkpoint remembers it."""
     topics = rows_of_topics(150)
@@ -165,6 +165,13 @@ def test_given_parts_are_used(validation, tmp_path, capsys):
     evaluate.main(["--ckpt", str(out)])
     lines = (out / "predictions-test.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["question"] for line in lines] == [row["text"] for row in topics[90:120]]
+
+
+def test_parts_without_train_are_refused(tmp_path):
+    files = [write_csv(tmp_path / name, rows_of_topics(30)) for name in ("dev.csv", "test.csv")]
+    examples, labels = data.load_examples(files)
+    with pytest.raises(data.InputError, match="give its train file as well"):
+        data.split_examples(examples, labels=labels)
 
 
 def test_class_that_a_part_lacks_is_said(tmp_path, capsys):
@@ -262,7 +269,8 @@ def test_predict_keeps_every_row_in_order(three_classes, texts_file, tmp_path, c
     _, out = three_classes
     results = predict(out, texts_file, tmp_path / "new" / "labels.jsonl")
     bad = ["line 4 is not JSON", "line 72 has no text", "line 73 is a JSON list"]
-    assert len(results) == 248 and "245 rows labelled, 3 skipped" in capsys.readouterr().out  # two lines are blank
+    assert len(results) == 248 and "245 rows labelled, 3 skipped" in (printed := capsys.readouterr().out)
+    assert "2 empty rows left out" in printed
     errors = [result["error"] for result in results if "error" in result]
     assert all(error.startswith(words) for error, words in zip(errors, bad, strict=True))
     good = [row["text"] for i, row in enumerate(rows_of_topics(250)) if i not in (3, 70, 71, 72, 240)]
