@@ -50,7 +50,8 @@ def giant(tensors):
 
 
 MEGATRON = {"megatron_config": {"tensor_model_parallel_size": 1}, "megatron_core": "payload"}
-TRAPS = {  # kind of checkpoint, file, change, whether it must be refused
+NOT_OURS = "that is not supported"  # our own words: without the package `kernels`, transformers would refuse as well
+TRAPS = {  # kind of checkpoint, file, change, whether it must be refused (a str: with these words; None: it may be)
     "hub is a path": ("lora", "run.json", fields(hub="../../x"), True),
     "model is a folder without a model": ("lora", "run.json", fields(model="/"), True),
     "a huge rank": ("lora", "run.json", arguments(lora_r=HUGE), True),
@@ -75,19 +76,19 @@ TRAPS = {  # kind of checkpoint, file, change, whether it must be refused
     "a tokenizer's name": ("lora", "tokenizer_config.json", fields(name_or_path="evil/tokenizer"), None),
     "a chat template": ("lora", "tokenizer_config.json", fields(chat_template=TEMPLATE.format("")), False),
     "a chat template's file": ("lora", "chat_template.jinja", lambda old, _: TEMPLATE.format("").encode(), False),
-    "a model's code": ("full", "config.json", fields(auto_map={"AutoModel": "payload.X"}), True),
-    "a kernel": ("full", "config.json", fields(attn_implementation="evil/kernel"), True),
-    "a kernel, private": ("full", "config.json", fields(_attn_implementation="evil/kernel"), True),
-    "a kernel, internal": ("full", "config.json", fields(_attn_implementation_internal="evil/kernel"), True),
-    "a kernel for experts": ("full", "config.json", fields(_experts_implementation="evil/kernel"), True),
-    "a nested kernel": ("full", "config.json", fields(text_config={"_attn_implementation": "evil/kernel"}), True),
-    "a quantisation": ("full", "config.json", fields(quantization_config={"quant_method": "payload"}), True),
+    "a model's code": ("full", "config.json", fields(auto_map={"AutoModel": "payload.X"}), NOT_OURS),
+    "a kernel": ("full", "config.json", fields(attn_implementation="evil/kernel"), NOT_OURS),
+    "a kernel, private": ("full", "config.json", fields(_attn_implementation="evil/kernel"), NOT_OURS),
+    "a kernel, internal": ("full", "config.json", fields(_attn_implementation_internal="evil/kernel"), NOT_OURS),
+    "a kernel for experts": ("full", "config.json", fields(_experts_implementation="evil/kernel"), NOT_OURS),
+    "a nested kernel": ("full", "config.json", fields(text_config={"_attn_implementation": "evil/kernel"}), NOT_OURS),
+    "a quantisation": ("full", "config.json", fields(quantization_config={"quant_method": "payload"}), NOT_OURS),
     "a module as model_type": ("full", "config.json", fields(model_type="payload"), True),
     "a module as architecture": ("full", "config.json", fields(architectures=["payload"]), False),
     "a huge hidden size": ("full", "config.json", fields(hidden_size=HUGE), True),
     "a huge vocabulary": ("full", "config.json", fields(vocab_size=HUGE), True),
     "a huge intermediate size": ("full", "config.json", fields(intermediate_size=HUGE), True),
-    "very many layers": ("full", "config.json", fields(num_hidden_layers=HUGE, layer_types=None), True),
+    "very many layers": ("full", "config.json", fields(num_hidden_layers=HUGE, layer_types=None), NOT_OURS),
     "very many heads": ("full", "config.json", fields(num_attention_heads=HUGE), True),
     "another model's name": ("full", "config.json", fields(_name_or_path="evil/model"), False),
     "a model with a huge tensor": ("full", "model.safetensors", header(giant), True),
@@ -136,6 +137,7 @@ def test_booby_trap_is_refused_or_ignored(trap, checkpoints, tmp_path, monkeypat
     assert time.monotonic() - started < 60, "a thousand million layers would take hours"
     printed = capsys.readouterr()
     assert code in ((2,) if refused else (0, 2) if refused is None else (0,)), printed.err
+    assert not isinstance(refused, str) or refused in printed.err
     assert "Traceback" not in printed.err and (not code or printed.err.startswith("error: "))
     assert not sprung.exists() and "payload" not in sys.modules
     assert asked == []
