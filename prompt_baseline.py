@@ -4,9 +4,8 @@
     python prompt_baseline.py --replay tests/seed_replies.jsonl   # score saved replies, without a model
     python prompt_baseline.py --model tests/tiny-qwen --ckpt out/demo --method logprob   # on a checkpoint's test texts
 
-The first downloads the model once. The second takes seconds and gives the published 26 of 60. The third only shows
-that the offline path works: the tiny base cannot chat. Results go to --output_dir: replies.jsonl (for --replay) and
-predictions-prompt.jsonl (for `evaluate.py --compare`).
+The first downloads the model once. The second gives the published 26 of 60. The third only shows that the path works:
+the tiny base cannot chat. --output_dir gets replies.jsonl (for --replay) and predictions-prompt.jsonl (for --compare).
 """
 
 import json
@@ -38,8 +37,7 @@ def parse_args(argv=None):
     add("--ckpt", help="ask about the test texts of this checkpoint instead")
     methods = "read the model's reply, or compare the probabilities of the replies that name a class"
     add("--method", choices=["generate", "logprob"], default="generate", help=methods)
-    prior = "with logprob: divide by the mean probabilities on validation texts, which removes a bias towards one class"
-    add("--prior_correction", action="store_true", help=prior)
+    add("--prior_correction", action="store_true", help="logprob: divide by the mean probability on validation texts")
     add("--max_new_tokens", type=positive, default=32, help="longest reply")
     add("--batch_size", type=positive, default=8, help="prompts per batch")
     add("--replay", metavar="FILE", help="score the replies in this replies.jsonl, without a model")
@@ -138,13 +136,11 @@ def read_replies(path):
     """(true labels, replies) of a replies.jsonl. Raises InputError."""
     try:
         lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
-        if not all(line["label"] in data.LABELS and isinstance(line["reply"], str) for line in lines):
-            raise ValueError("one has another label, or a reply that is not a string")
+        if not lines or not all(line["label"] in data.LABELS and isinstance(line["reply"], str) for line in lines):
+            raise ValueError("no replies, another label, or a reply that is not a string")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         problem = f"each line needs a label (human or chatgpt) and a reply ({short(error, 60)})"
         raise InputError(f"{path} is not a replies.jsonl: {problem}") from None
-    if not lines:
-        raise InputError(f"{path} holds no replies")
     return [line["label"] for line in lines], [line["reply"] for line in lines]
 
 
@@ -181,7 +177,7 @@ def main(argv=None):
     model = data.load_model(transformers.AutoModelForCausalLM, folder, data.DTYPES[precision])
     model.to(PartialState().device).eval()
 
-    log_p = None
+    scores = ()
     if args.method == "generate":
         replies = generate(model, prompt, examples, args.batch_size, args.max_new_tokens)
     else:
@@ -189,13 +185,12 @@ def main(argv=None):
         if args.prior_correction:
             held_out = class_log_probabilities(model, prompt, validation)
             log_p -= np.log(evaluate.softmax(held_out).mean(0))
-        replies = [data.LABELS[k] for k in log_p.argmax(1)]
+        replies, scores = [data.LABELS[k] for k in log_p.argmax(1)], [{"logits": row.tolist()} for row in log_p]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     fields = ("label", "question", "text")
     rows = [{"reply": r} | {name: e[name] for name in fields} for e, r in zip(examples, replies, strict=True)]
     text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
     data.write_atomically(args.output_dir / "replies.jsonl", text)
-    scores = [{"logits": row.tolist()} for row in log_p] if log_p is not None else ()
     named = report([example["label"] for example in examples], replies)
     data.save_predictions(args.output_dir / "predictions-prompt.jsonl", examples, named, scores)
     print(f"written to {args.output_dir}: replies.jsonl, predictions-prompt.jsonl")

@@ -240,7 +240,7 @@ def test_two_processes_equal_one(notebook):
 def test_wrong_option_is_one_line(notebook):
     """IPython adds that there was a SystemExit, and how to exit; the cells after it show that the kernel lives on."""
     first, *others = text_of(notebook.wrong, "stderr").splitlines()
-    assert first == "error: argument --epochs: must be >= 1, got 0 (--help lists the options)"
+    assert first == "error: argument --epochs: must be >= 1 and <= 2147483648, got 0 (--help lists the options)"
     assert not [line for line in others if "To exit" not in line]
     assert [output.ename for output in notebook.wrong.outputs if output.output_type == "error"] == ["SystemExit"]
 
