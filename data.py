@@ -19,7 +19,6 @@ import gc
 import hashlib
 import inspect
 import json
-import math
 import os
 import re
 import sys
@@ -69,15 +68,13 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {short(message, 200)} ({'; '.join(hints) or '--help lists the options'})\n")
 
 
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: an int or a float from `low` (with `above`: greater than `low`) to `high`, never infinite."""
+def number(kind, low, high=2**31):
+    """An argparse type: an int or a float from `low` to `high`, which excludes infinity and nan."""
 
     def parse(text):
-        value = kind(text)
-        if low <= value <= high and value != math.inf and not (above and value == low):
-            return value
-        most = f" and <= {high}" if high < math.inf else ""
-        raise argparse.ArgumentTypeError(f"must be {'>' if above else '>='} {low}{most}, got {short(text)}")
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {short(text)}")
+        return kind(text)
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
     return parse
@@ -99,9 +96,7 @@ def one_line_errors(main):
         try:
             return main(argv)
         except torch.OutOfMemoryError:
-            line = (
-                "out of GPU memory: lower --batch_size and raise --gradient_accumulation_steps, or lower --max_length"
-            )
+            line = "out of GPU memory: lower --batch_size (and raise --gradient_accumulation_steps) or --max_length"
         except (InputError, OSError) as error:
             line = short(error, 300)
         except KeyboardInterrupt:
@@ -184,14 +179,13 @@ def snapshot(hub, name, files, kind="model"):
 @functools.cache
 def text_encoding(path, modified):
     """Encoding of a text file: UTF-8, UTF-16 with a byte-order mark, or GB18030 as Excel in China. Or InputError."""
-    if Path(path).is_dir():
-        raise InputError(f"{path} is a folder: give the .jsonl or .csv files in it")
-    if Path(path).exists() and not Path(path).is_file():  # such as a pipe, which cannot be read twice
-        raise InputError(f"{path} is not a regular file: save it as one first")
+    if not Path(path).is_file():  # a folder, or a pipe, which cannot be read twice
+        raise InputError(f"{path} is a folder or a pipe: give a .jsonl or .csv file")
     with open(path, "rb") as file:
         start = file.read(64)
-    if kind := next((kind for signature, kind in SIGNATURES.items() if start.startswith(signature)), None):
-        raise InputError(f"{path} is not text but {kind}: save it as .csv or .jsonl")
+    for signature, kind in SIGNATURES.items():
+        if start.startswith(signature):
+            raise InputError(f"{path} is not text but {kind}: save it as .csv or .jsonl")
     for encoding in ["utf-16"] if start[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "gb18030"]:
         with contextlib.suppress(UnicodeError), open(path, encoding=encoding) as file:
             while file.read(2**20):
@@ -216,24 +210,23 @@ def table_rows(file):
     csv.field_size_limit(2**31 - 1)  # else a text of more than 131,072 characters is an error
     header = file.readline()
     file.seek(0)
-    rows, last = (
-        csv.reader(file, delimiter=max(",;\t", key=header.count), strict=True),
-        0,
-    )  # last: line of the row before
-    try:
-        names = [name.strip() for name in next(rows, [])]
-        if twice := [name for name in names if name and names.count(name) > 1]:
-            raise InputError(f"{file.name} has two columns named {short(twice[0])}: rename or remove one")
-        last = rows.line_num
+    rows, names, line = csv.reader(file, delimiter=max(",;\t", key=header.count), strict=True), None, 1
+    try:  # strict: else a quote that is never closed would swallow the rest of the file
         for cells in rows:
-            row = dict(zip(names, cells, strict=False)) if any(cell.strip() for cell in cells) else None
-            if row and len(cells) != len(names):
+            place, line = f"line {line}", rows.line_num + 1  # a quoted text may have several lines
+            if names is None:
+                names = [cell.strip() for cell in cells]
+                if twice := [name for name in names if name and names.count(name) > 1]:
+                    raise InputError(f"{file.name} has two columns named {short(twice[0])}: rename or remove one")
+            elif not any(cell.strip() for cell in cells):
+                yield place, None
+            elif len(cells) != len(names):
                 counts = f"has {len(cells)} fields, but the header has {len(names)}"
-                row = InputError(f"{counts}: put texts that contain the separator in double quotes")
-            yield f"line {last + 1}", row
-            last = rows.line_num
-    except csv.Error as error:  # strict: a quote that is never closed would swallow the rest of the file
-        where = f"{file.name}, the row from line {last + 1} on"
+                yield place, InputError(f"{counts}: put texts that contain the separator in double quotes")
+            else:
+                yield place, dict(zip(names, cells, strict=True))
+    except csv.Error as error:
+        where = f"{file.name}, the row from line {line} on"
         raise InputError(f"{where} is not valid CSV ({error}): is a quote never closed?") from None
 
 
@@ -277,10 +270,9 @@ def answers_of(row):
             renamed = zip(named, ("text", "label"), strict=True)
             advice = f"rename {' and '.join(f'{name} to {column}' for [name], column in renamed if name != column)}"
         raise InputError(f"has the columns {short(', '.join(map(repr, row)) or 'none', 80)}: {advice}")
-    for label, texts, question in found:
-        name, kind = (f"{label}_answers", "a list of strings") if "label" not in row else ("text", "a string")
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts if text is not None):
-            raise InputError(f"has a {name} that is not {kind}")
+    for _, texts, question in found:
+        if not isinstance(texts, list) or not all(isinstance(text, str | None) for text in texts):
+            raise InputError("has a text that is not a string, or answers that are not a list of strings")
         if not isinstance(question, str):
             raise InputError("has a question that is not a string")
     return found
@@ -447,21 +439,20 @@ def hash_examples(examples, labels):
 
 def check_model_files(folder):
     """Raise InputError on a model that cannot be loaded, or that would make transformers run or fetch something."""
-    names = sorted(path.name for path in folder.iterdir())
-    weights = [name for name in names if name.endswith(".safetensors")]
+    names, index = sorted(path.name for path in folder.iterdir()), "model.safetensors.index.json"
+    weights, tensors = [name for name in names if name.endswith(".safetensors")], 0
     if "adapter_config.json" in names:
         raise InputError(f"{folder} is an adapter, not a whole model: give the base model that it was trained on")
-    if "config.json" not in names or not weights:
-        lacks = "model.safetensors" if "config.json" in names else "config.json"
+    if not weights:
         has = short(", ".join(name for name in names if name.endswith((".bin", ".gguf", ".pt"))) or "no weights")
-        raise InputError(f"{folder} has no {lacks} (found: {has}): get the version with .safetensors files")
-    name, tensors = "model.safetensors.index.json", 0
+        raise InputError(f"{folder} has no model.safetensors (found: {has}): get the version that has it")
+    name = "config.json"
     try:
-        if name in names:
-            weights = {*json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()}
-        name = "config.json"
         config = json.loads((folder / name).read_text(encoding="utf-8"))
         layers = config.get("num_hidden_layers", 1)
+        if index in names:
+            name = index
+            weights = {*json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()}
         for name in weights:
             with safe_open(folder / name, "pt") as file:  # reads the header only
                 tensors += len(file.keys())
@@ -660,12 +651,8 @@ def add_options(parser, model="Qwen/Qwen1.5-0.5B", split=True):
     sources = 'HC3 subset names, "all", or .jsonl, .csv and .json files (HC3 fields, or text and label)'
     parser.add_argument("--data", nargs="+", default=["baike"], metavar="SOURCE", help=sources)
     parser.add_argument("--model", default=model, help="hub id or local folder of the base model")
-    parser.add_argument(
-        "--hub",
-        choices=REPOSITORIES,
-        default="huggingface",
-        help="hub of the model (data can come from either)",
-    )
+    hubs = "hub to ask first (the data can come from either)"
+    parser.add_argument("--hub", choices=REPOSITORIES, default="huggingface", help=hubs)
     if split:
         protocols = "seed: the published random row split; strict: split by question, text normalised"
         parser.add_argument("--protocol", choices=PROTOCOLS, default="seed", help=protocols)
@@ -692,13 +679,9 @@ def audit(args):
         "white space and punctuation": [make_pipeline(counts, LogisticRegression(max_iter=2000))],
         "character 1-3-grams": [make_pipeline(ngrams, LogisticRegression(C=c, max_iter=1000)) for c in (1, 10, 100)],
     }
-    facts = [
-        "",
-        "texts in train / test",
-        "test texts whose question is in train",
-        "test texts that are copies of train's",
-    ]
-    columns, files = [[*facts, "accuracy of the largest class", *(f"accuracy of {rule}" for rule in rules)]], {}
+    facts = ("texts in train / test", "test texts whose question is in train", "test texts that are copies of train's")
+    columns = [["", *facts, "accuracy of the largest class", *(f"accuracy of {rule}" for rule in rules)]]
+    files = {}
     for protocol in PROTOCOLS:
         examples, labels = load_examples(args.data, args.hub, protocol)
         parts = split_examples(examples, protocol, labels)
@@ -712,17 +695,15 @@ def audit(args):
                 raise InputError(f"--audit cannot learn from the {rule} of these texts ({short(error, 80)})") from None
             best = max(fitted, key=lambda model: model.score(texts["validation"], true["validation"]))
             columns[-1].append(f"{best.score(texts['test'], true['test']):.3f}")
-            files[f"predictions-{protocol}-{rule.split()[-1]}.jsonl"] = (
-                parts["test"],
-                best.predict(texts["test"]).tolist(),
-            )
+            name = f"predictions-{protocol}-{rule.split()[-1]}.jsonl"
+            files[name] = parts["test"], best.predict(texts["test"]).tolist()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        save_predictions(args.output_dir / name, *content)
+    for name, predictions in files.items():
+        save_predictions(args.output_dir / name, *predictions)
     for row in zip(*columns, strict=True):
         print("{:48}{:>12}{:>12}".format(*row))
     print("These baselines use no language model. Judge a detector by how far it beats them on the strict split.")
-    print(f"written to {args.output_dir}: {', '.join(files)}")
+    print(f"written to {args.output_dir}, for evaluate.py --compare: {', '.join(files)}")
 
 
 def parse_args(argv=None):

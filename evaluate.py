@@ -15,7 +15,6 @@ eval-<name>.json, predictions-<name>.jsonl and, if matplotlib is installed, repo
 import argparse
 import csv
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -54,12 +53,7 @@ def parse_args(argv=None):
     one("--example", type=data.number(int, 0), metavar="N", help="print text N of the part and its prediction")
     one("--predict", metavar="FILE", help="label every row of this file (it needs a column text) into --output")
     one("--merge", type=data.folder, metavar="FOLDER", help="write adapter and base as one plain transformers model")
-    add(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help=".csv or .jsonl file for --predict: the same rows in the same order",
-    )
+    add("--output", type=Path, metavar="FILE", help="the .csv or .jsonl file that --predict writes")
     add("--compare", nargs="+", metavar="FILE", help="compare predictions-*.jsonl files about the same texts")
     add("--model", help="path or id of the adapter's base model, if it has moved since training")
     add("--hub", choices=data.REPOSITORIES, help="hub of the base model (default: as in training)")
@@ -360,14 +354,14 @@ def compare(paths):
 
 
 def print_comparison(table):
+    """Print what `compare` found."""
     for row in table:
         for side, accuracy in zip(("first", "second"), row["accuracies"], strict=True):
             only = row[f"only_{side}_right"]
             print(f"{accuracy:.4f}  {row[side]}  ({row['n']} texts, {only} of them correct only in this run)")
         low, high = row["interval"]
-        print(
-            f"difference {row['difference']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}, McNemar p {row['p']:.3g}\n"
-        )
+        print(f"difference {row['difference']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}", end="")
+        print(f", McNemar p {row['p']:.3g}\n")
 
 
 def print_report(result):
@@ -399,19 +393,17 @@ def print_report(result):
 
 
 def plot_report(path, title, result, classes, logits):
-    """One picture: confusion, reliability, ROC (of two classes) and accuracy by length. Raises ImportError."""
+    """One picture: the confusion matrix, reliability, and accuracy by length. Raises ImportError."""
     from matplotlib import font_manager, rc_context
     from matplotlib.figure import Figure  # not pyplot: no global figure, no display, the notebook's backend stays
 
     names, confusion, rows = list(result["per_class"]), np.array(result["confusion"]), result["by_length"]
     chinese = sorted(filter(re.compile("CJK|Hei|Song|Kai|Ming|PingFang").search, font_manager.get_font_names()))
-    with (
-        rc_context({"font.family": [*chinese[:3], "DejaVu Sans"], "text.parse_math": False}),
-        warnings.catch_warnings(),
-    ):
+    look = {"font.family": [*chinese[:3], "DejaVu Sans"], "text.parse_math": False}
+    with rc_context(look), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the fonts may lack the characters of a class's name
-        figure = Figure(figsize=(13, 3.6), layout="constrained")
-        matrix, calibration, roc, by_length = figure.subplots(1, 4)
+        figure = Figure(figsize=(10, 3.6), layout="constrained")
+        matrix, calibration, by_length = figure.subplots(1, 3)
         low, high = result["accuracy_interval"]
         title = f"{title}: accuracy {result['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f})"
         if not chinese and not "".join(names).isascii():
@@ -419,9 +411,8 @@ def plot_report(path, title, result, classes, logits):
         figure.suptitle(title, fontsize=10)
         matrix.imshow(confusion, cmap="Blues")
         for (i, j), count in np.ndenumerate(confusion):
-            matrix.text(
-                j, i, count, ha="center", va="center", color="white" if count > confusion.max() / 2 else "black"
-            )
+            color = "white" if count > confusion.max() / 2 else "black"
+            matrix.text(j, i, count, ha="center", va="center", color=color)
         matrix.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names)
         matrix.set(xlabel="predicted", ylabel="true", title="number of texts")
         texts, confidence, accuracy = reliability(classes, softmax(logits / result["temperature"]))
@@ -432,30 +423,19 @@ def plot_report(path, title, result, classes, logits):
             calibration.annotate(str(texts[k]), (confidence[k], accuracy[k]), **place)
         calibration.set(xlim=(1 / len(names) - 0.03, 1.04), ylim=(-0.1, 1.05), title="reliability (texts per bin)")
         calibration.set(xlabel="confidence, calibrated", ylabel="accuracy")
-        if "auroc" in result:
-            order = np.argsort(logits[:, 0] - logits[:, 1], kind="stable")
-            found = [np.cumsum(classes[order] == k) / (classes == k).sum() for k in (0, 1)]
-            roc.plot([0, *found[0]], [0, *found[1]])
-            roc.set(xlabel=f"share of {names[0]} called {names[1]}", ylabel=f"share of {names[1]} found")
-            roc.set(xlim=(-0.03, 1), ylim=(0, 1.03), title=f"AUROC {result['auroc']:.4f}")
-        roc.axis("on" if "auroc" in result else "off")
         bars = by_length.bar([f"{row['tokens_from']}+" for row in rows], [row["accuracy"] for row in rows])
         by_length.bar_label(bars, [f"{row['accuracy']:.3f}\n({row['n']})" for row in rows], fontsize=7, padding=-22)
         lowest = min(row["accuracy"] for row in rows)
         by_length.set(ylim=(max(0, lowest - 0.15), 1.005), xlabel="tokens", title="accuracy by length (texts)")
-        by_length.tick_params(axis="x", labelsize=8)
-        picture = io.BytesIO()
-        figure.savefig(picture, dpi=110, format="png")
-    data.write_atomically(path, picture.getvalue())
+        figure.savefig(path, dpi=110)
 
 
 def parts_to_score(run, sources=None, split=None):
     """List of (name, examples): the run's own part, checked against the hash in run.json, or each of `sources`."""
     protocol, labels = run["split"]["protocol"], run["labels"]
     if not sources:
-        parts = data.split_examples(
-            *data.load_examples(run["data"], run["hub"], protocol, labels)[:1], protocol, labels
-        )
+        examples, _ = data.load_examples(run["data"], run["hub"], protocol, labels)
+        parts = data.split_examples(examples, protocol, labels)
         wanted = data.PARTS if split == "all" else [split or "test"]
         for part in wanted:
             if data.hash_examples(parts[part], labels) != run["split"]["sha256"][part]:
@@ -556,29 +536,28 @@ def label_file(args, load):
         rows = itertools.islice(filter(None, rows_to_label(source)), done, None)
         while chunk := list(itertools.islice(rows, CHUNK)):
             odd += label_rows(chunk, model, tokenizer, run, name)
-            file.writelines(json.dumps(row).encode() + b"\n" for row in chunk)
+            file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in chunk)
             file.flush()
             bar.update(len(chunk))
-    write_labelled(partial, output)
+    if output.suffix == ".csv":
+        write_csv(partial, output)
+        partial.unlink()
+    else:
+        os.replace(partial, output)
     skipped = f"{count['skipped']} skipped (their field `error` says why), {count['empty']} empty rows left out"
     note = data.note_of(odd, "; of these texts, ")
     print(f"{count['labelled']} rows labelled, {skipped}{note}; written to {output}")
 
 
-def write_labelled(partial, output):
-    """Turn the JSON lines of `partial` into `output`, a .jsonl or a .csv that Excel reads, and remove `partial`."""
-    encoding = "utf-8-sig" if output.suffix == ".csv" else "utf-8"
-    with open(partial, encoding="utf-8") as file, open(f"{output}.tmp", "w", encoding=encoding, newline="") as table:
-        if output.suffix == ".csv":
-            columns = {name: None for line in file for name in json.loads(line)}
-            file.seek(0)
-            writer = csv.DictWriter(table, sorted(columns, key=lambda name: name == "error"))  # errors come last
-            writer.writeheader()
-            writer.writerows(map(json.loads, file))
-        else:
-            table.writelines(json.dumps(json.loads(line), ensure_ascii=False) + "\n" for line in file)
+def write_csv(source, output):
+    """Write the JSON lines of `source` as a .csv that Excel reads."""
+    with open(source, encoding="utf-8") as file, open(f"{output}.tmp", "w", encoding="utf-8-sig", newline="") as table:
+        columns = {name: None for line in file for name in json.loads(line)}
+        file.seek(0)
+        writer = csv.DictWriter(table, sorted(columns, key=lambda name: name == "error"))  # errors come last
+        writer.writeheader()
+        writer.writerows(map(json.loads, file))
     os.replace(f"{output}.tmp", output)
-    partial.unlink()
 
 
 CARD = """---
@@ -597,42 +576,35 @@ pipeline("text-classification", model="THIS_FOLDER")("...", truncation=True)  # 
 
 
 def merge(args, run):
-    """Write adapter and base as one transformers model with a model card, and see that it gives the same logits."""
+    """Write adapter and base as one transformers model with a model card, and check that its logits are the same.
+
+    As in training, run.json comes last: a folder without it is not finished.
+    """
     if not run["lora"]:
         raise InputError(f"{args.ckpt} is not an adapter: it is a whole transformers model already")
     if args.merge.exists() and any(args.merge.iterdir()):
         raise InputError(f"--merge {args.merge} is not empty: choose another folder")
-    if Path(f"{args.merge}.unfinished").exists():
-        raise InputError(f"{args.merge}.unfinished is in the way: delete or rename it")
     model, tokenizer = load_checkpoint(args.ckpt, run, model=args.model, hub=args.hub)
     probe = np.random.default_rng(0).integers(0, model.classifier().config.vocab_size, (16, 64)).tolist()
-    expected, unfinished, test = predict(model, probe), Path(f"{args.merge}.unfinished"), ""
+    expected, test, merged = predict(model, probe), "", run | {"lora": False}
     try:
         if Path(args.ckpt, "eval-test.json").is_file():
             result = json.loads(Path(args.ckpt, "eval-test.json").read_text(encoding="utf-8"))
             low, high = result["accuracy_interval"]
             test = f", test accuracy {result['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f})"
-        test += ". Apply data.normalise to your texts first" if run["split"]["protocol"] == "strict" else ""
-        facts = {
-            "labels": ", ".join(run["labels"]),
-            "data": ", ".join(run["data"]),
-            "model": run["model"],
-            "test": test,
-        }
-        facts |= {"protocol": run["split"]["protocol"], "max_length": run["max_length"], **run["validation"]}
-        save_model(unfinished, model.model, tokenizer, run["max_length"])
-        data.write_atomically(unfinished / "run.json", json.dumps(run | {"lora": False}, indent=1, ensure_ascii=False))
-        data.write_atomically(unfinished / "README.md", CARD.format(**facts))
-        difference = float(abs(predict(load_checkpoint(unfinished, run | {"lora": False})[0], probe) - expected).max())
+        protocol, names, sources = run["split"]["protocol"], ", ".join(run["labels"]), ", ".join(run["data"])
+        test += ". Apply data.normalise to your texts first" if protocol == "strict" else ""
+        facts = run | run["validation"] | {"protocol": protocol, "labels": names, "data": sources, "test": test}
+        args.merge.mkdir(parents=True, exist_ok=True)
+        save_model(args.merge, model.model, tokenizer, run["max_length"])
+        data.write_atomically(args.merge / "README.md", CARD.format(**facts))
+        difference = float(abs(predict(load_checkpoint(args.merge, merged)[0], probe) - expected).max())
         if not difference <= 1e-3 * float(abs(expected).max()):
             raise ValueError(f"its logits differ by {difference:.2g}")
-        if args.merge.exists():
-            args.merge.rmdir()  # it is empty
-        os.replace(unfinished, args.merge)
+        data.write_atomically(args.merge / "run.json", json.dumps(merged, indent=1, ensure_ascii=False))
     except Exception as error:  # for a full disk each library has a type of its own
+        shutil.rmtree(args.merge, ignore_errors=True)
         raise InputError(f"cannot write the merged model to {args.merge} ({short(error, 120)})") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     use = f"pipeline('text-classification', model='{args.merge.as_posix()}')(texts, truncation=True)"
     print(f"written to {args.merge}; saved and loaded, its logits differ by {difference:.1e}. Use it with {use}")
 

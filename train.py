@@ -44,32 +44,28 @@ FREE_TO_CHANGE = ("output_dir", "save_steps", "resume", "overwrite", "gradient_c
 def parse_args(argv=None):
     parser = data.ArgumentParser(description=__doc__.splitlines()[0])
     data.add_options(parser)
-    positive = data.number(int, 1, 2**31)
+    positive = data.number(int, 1)
     add = parser.add_argument_group("model").add_argument
     add("--lora", action="store_true", help="train a LoRA adapter instead of every weight")
     add("--lora_r", type=data.number(int, 1, 4096), default=8, help="rank of the adapter")
     add("--lora_alpha", type=positive, default=16, help="LoRA scaling numerator: the update is scaled by alpha / r")
     add("--lora_dropout", type=data.number(float, 0, 0.99), default=0.1, help="dropout in front of the adapter")
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    add("--lora_targets", nargs="+", default=targets, help="names of the linear layers to adapt")
+    add("--lora_targets", nargs="+", default=["q_proj", "k_proj", "v_proj", "o_proj"], help="linear layers to adapt")
     add("--freeze_embedding", action="store_true", help="full fine-tuning only: do not train the token embedding")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive, default=2, help="passes over the training part")
     add("--batch_size", type=positive, default=4, help="micro-batch size, total across all processes")
     add("--gradient_accumulation_steps", type=positive, default=1, help="micro-batches per step")
-    rate = data.number(float, 0, above=True)
-    add("--learning_rate", type=rate, default=5e-5, help="peak; it falls linearly to 0")
+    add("--learning_rate", type=data.number(float, 1e-12), default=5e-5, help="peak; it falls linearly to 0")
     add("--warmup_ratio", type=data.number(float, 0, 1), default=0.0, help="share of the steps with a rising rate")
     add("--weight_decay", type=data.number(float, 0), default=0.0, help="weight decay of AdamW")
-    add("--max_grad_norm", type=rate, default=1.0, help="gradients are clipped to this norm")
+    add("--max_grad_norm", type=data.number(float, 1e-12), default=1.0, help="gradients are clipped to this norm")
     add("--mixed_precision", choices=["auto", *data.DTYPES], default="auto", help="dtype of the computation")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
-    seeds = "random seed for head and adapter initialisation, data order and dropout (does not change the split)"
-    add("--seed", type=data.number(int, 0, 2**31), default=233, help=seeds)
+    add("--seed", type=data.number(int, 0), default=233, help="of new weights, data order and dropout, not the split")
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", type=data.folder, default=Path("out"), help="folder of the checkpoint")
-    saves = "also save resumable state every N steps, not only at each epoch's end (0 disables saving)"
-    add("--save_steps", type=data.number(int, 0), default=500, help=saves)
+    add("--save_steps", type=data.number(int, 0), default=500, help="for --resume, besides each epoch's end; 0: never")
     add("--resume", action="store_true", help="continue the run in output_dir from its last saved state")
     add("--overwrite", action="store_true", help="delete the run in output_dir and start anew")
     return parser.parse_args(argv)
@@ -95,8 +91,7 @@ def learning_rate_of(step, total_steps, peak, warmup_ratio):
 
 def build_model(args, folder, tokenizer, precision, labels=data.LABELS):
     """The classifier to train. LoRA holds its frozen base in the compute dtype; every trainable tensor is float32."""
-    # Full fine-tuning keeps float32 weights: in bf16 most of its small updates would round away.
-    dtype = data.DTYPES[precision] if args.lora else torch.float32
+    dtype = data.DTYPES[precision] if args.lora else torch.float32  # bf16 would round most small updates away
     model = data.load_classifier(folder, tokenizer, labels, dtype, new_head=args.seed)
     model.name_or_path = model.config.name_or_path = args.model  # not the hub's cache folder, which differs elsewhere
     model.get_input_embeddings().requires_grad_(not args.freeze_embedding)
@@ -117,10 +112,9 @@ def unfinished_run(args):
     there is a run and the arguments do not say what to do with it, or if there are files that are not ours.
     """
     files = sorted(path.name for path in args.output_dir.glob("*") if path.is_file())
-    if Path(args.model).resolve() == args.output_dir.resolve():
-        raise InputError(f"--output_dir {args.output_dir} is the folder of the base model: choose another")
-    if any(Path(source).resolve().parent == args.output_dir.resolve() for source in args.data if Path(source).exists()):
-        raise InputError(f"--output_dir {args.output_dir} holds the training data: choose another")
+    inputs = [Path(args.model), *(Path(source).parent for source in args.data if Path(source).is_file())]
+    if args.output_dir.resolve() in [path.resolve() for path in inputs]:
+        raise InputError(f"--output_dir {args.output_dir} holds the base model or the training data: choose another")
     if not {"run.json", "state.pt", "metrics.jsonl"} & set(files):
         if files:
             raise InputError(f"{args.output_dir} holds other files ({short(files[0])}): choose another --output_dir")
@@ -199,16 +193,14 @@ def check_checkpoint(folder, run, accelerator, token_ids, classes, trained):
 
 
 def plot_curves(folder, lines):
-    """curves.png: training loss by step, validation loss and accuracy by epoch. `lines`: those of metrics.jsonl."""
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no global figure, no display, the notebook's backend stays
-    except ImportError:
-        return
+    """curves.png from the lines of metrics.jsonl: training and validation loss, accuracy. Raises ImportError."""
+    from matplotlib.figure import Figure  # not pyplot: no global figure, no display, the notebook's backend stays
+
     figure, epochs = Figure(figsize=(8, 3.2), layout="constrained"), [line for line in lines if "epoch" in line]
     losses, accuracies = figure.subplots(1, 2)
-    for field, style, chosen in (("loss", "-", lines), ("validation_loss", "o-", epochs)):
-        points = [(line["step"], line[field]) for line in chosen if field in line]
-        losses.plot([x for x, _ in points], [y for _, y in points], style, label=field.replace("_", " "))
+    for field, style in (("loss", "-"), ("validation_loss", "o-")):
+        points = np.reshape([(line["step"], line[field]) for line in lines if field in line], (-1, 2))
+        losses.plot(*points.T, style, label=field.replace("_", " "))
     accuracies.plot([line["epoch"] for line in epochs], [line["accuracy"] for line in epochs], "o-")
     for line in epochs:
         losses.axvline(line["step"], color="lightgrey", linewidth=1, zorder=0)
@@ -285,21 +277,20 @@ def main(argv=None):
         model = build_model(args, folder, tokenizer, precision, labels)
     token_ids, classes, odd = {}, {}, {}
     for part in ("train", "validation"):
-        texts = [example["text"] for example in parts[part]]
-        token_ids[part], odd[part] = data.tokenize(tokenizer, texts, args.max_length)
+        token_ids[part], odd[part] = data.tokenize(tokenizer, [text["text"] for text in parts[part]], args.max_length)
         classes[part] = np.array([labels.index(example["label"]) for example in parts[part]])
     if max(map(max, token_ids["train"] + token_ids["validation"])) >= model.classifier().config.vocab_size:
         raise InputError(f"the tokenizer in {args.model} has more tokens than the model: they do not belong together")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    sizes = [sum(parameter.numel() for parameter in some) for some in (trainable, model.parameters())]
+    n_trainable, n_all = (sum(parameter.numel() for parameter in some) for some in (trainable, model.parameters()))
     step_size = args.batch_size * args.gradient_accumulation_steps
     schedule = {"n_texts": len(parts["train"]), "step_size": step_size, "seed": args.seed}
     steps_per_epoch = math.ceil(len(parts["train"]) / step_size)
     total_steps = args.epochs * steps_per_epoch
     if is_main:
         print(f"【model】\n{model.model}\n【model.config】\n{model.classifier().config}")
-        share = 100 * sizes[0] / sizes[1]
-        print(f"trainable params: {sizes[0]:,} || all params: {sizes[1]:,} || trainable%: {share:.4f}")
+        percent = 100 * n_trainable / n_all
+        print(f"trainable params: {n_trainable:,} || all params: {n_all:,} || trainable%: {percent:.4f}")
         data.print_parts(parts, labels, odd)
         print(f"{total_steps} steps of {step_size} texts on {processes} x {device.type}, precision {precision} ({why})")
     optimizer = torch.optim.AdamW(trainable, args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -322,6 +313,7 @@ def main(argv=None):
         data.write_atomically(output_dir / "metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
         if resuming:
             print(f"continuing after step {first_step}" if first_step else "no saved state: starting at the beginning")
+        print("Epoch  Training Loss  Validation Loss  Accuracy", flush=True)
 
     # ---- train
     model.train()
@@ -365,10 +357,9 @@ def main(argv=None):
             bar.set_postfix_str(f"loss {steps[-1][0]:.4f}, lr {rate:.2e}, {speed:.0f} texts/s")
         if done % LOG_EVERY == 0:
             finite = [pair for pair in steps[-LOG_EVERY:] if np.isfinite(pair).all()]  # fp16 skips the other steps
-            means = (
-                {"loss": sum(loss for loss, _ in finite) / len(finite), "grad_norm": finite[-1][1]} if finite else {}
-            )
-            new_lines.append({"step": done, **means, "learning_rate": rate, "skipped_steps": LOG_EVERY - len(finite)})
+            line = {"step": done, "learning_rate": rate, "skipped_steps": LOG_EVERY - len(finite)}
+            line |= {"loss": float(np.mean(finite, 0)[0]), "grad_norm": finite[-1][1]} if finite else {}
+            new_lines.append(line)
 
         # ---- validate at an epoch's end
         if at_epoch_end:
@@ -382,8 +373,6 @@ def main(argv=None):
             new_lines.append({"step": done, **row})
             if is_main:
                 with bar.external_write_mode():  # flushed before the bar is drawn anew: a notebook has two streams
-                    if done <= first_step + steps_per_epoch:
-                        print("Epoch  Training Loss  Validation Loss  Accuracy")
                     columns = "{epoch:5d}  {training_loss:13.4f}  {validation_loss:15.4f}  {accuracy:8.4f}"
                     print(columns.format(**row), flush=True)
 
@@ -408,17 +397,15 @@ def main(argv=None):
     accelerator.free_memory()
     accelerator.free_memory()  # twice: it collects garbage before it drops its own references
     if is_main:
-        epochs = [line for line in lines if "epoch" in line]
+        epochs, split = [line for line in lines if "epoch" in line], {"protocol": args.protocol}
+        split["sizes"] = {part: len(parts[part]) for part in data.PARTS}
+        split["sha256"] = {part: data.hash_examples(parts[part], labels) for part in data.PARTS}
         run = {
             **{name: getattr(args, name) for name in ("model", "hub", "data", "max_length", "lora")},
             "labels": list(labels),
-            "split": {
-                "protocol": args.protocol,
-                "sizes": {part: len(parts[part]) for part in data.PARTS},
-                "sha256": {part: data.hash_examples(parts[part], labels) for part in data.PARTS},
-            },
+            "split": split,
             "arguments": vars(args) | {"output_dir": str(output_dir)},
-            "parameters": dict(zip(("trainable", "all"), sizes, strict=True)),
+            "parameters": {"trainable": n_trainable, "all": n_all},
             "epochs": epochs,
             "mixed_precision": f"{precision} ({why})",
             "processes": processes,
@@ -428,7 +415,8 @@ def main(argv=None):
             "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "numpy")},
         }
         check_checkpoint(output_dir, run, accelerator, token_ids["validation"], classes["validation"], logits)
-        plot_curves(output_dir, lines)
+        with contextlib.suppress(ImportError):  # matplotlib is optional
+            plot_curves(output_dir, lines)
         data.write_atomically(output_dir / "run.json", json.dumps(run, indent=1, ensure_ascii=False))
         (output_dir / "state.pt").unlink(missing_ok=True)
         memory = f"peak memory {peak:.2f} GiB, " if peak else ""

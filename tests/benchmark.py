@@ -60,7 +60,7 @@ def parse_args(argv=None):
     # A Trainer sorts by length within a quarter of the texts, at most 50 batches: with few texts it does so less well.
     add("--texts", type=data.number(int, 8, 4000), default=128, help="texts to train on and to evaluate")
     add("--batch_size", type=positive, default=4, help="texts in a training step; the recipe's is 4 whatever this is")
-    add("--learning_rate", type=data.number(float, 0, above=True), default=5e-5, help="peak; falls linearly to 0")
+    add("--learning_rate", type=data.number(float, 1e-12), default=5e-5, help="peak; falls linearly to 0")
     add("--methods", nargs="+", choices=["lora", "full"], default=["lora", "full"], help="what to train")
     add("--only", choices=["training", "evaluation"], help="leave the other out")
     add("--repeats", type=positive, default=3, help="fresh processes for each variant")
