@@ -68,12 +68,13 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {short(message, 200)} ({'; '.join(hints) or '--help lists the options'})\n")
 
 
-def number(kind, low, high=2**31):
-    """An argparse type: an int or a float from `low` to `high`, which excludes infinity and nan."""
+def number(kind, low, high=2**31, above=False):
+    """An argparse type: an int or a float from `low` (with `above`: greater than `low`) to `high`, and never nan."""
 
     def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {short(text)}")
+        if not low <= kind(text) <= high or (above and kind(text) == low):
+            sign = ">" if above else ">="
+            raise argparse.ArgumentTypeError(f"must be {sign} {low} and <= {high}, got {short(text)}")
         return kind(text)
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
@@ -657,7 +658,7 @@ def add_options(parser, model="Qwen/Qwen1.5-0.5B", split=True):
         protocols = "seed: the published random row split; strict: split by question, text normalised"
         parser.add_argument("--protocol", choices=PROTOCOLS, default="seed", help=protocols)
         cut = "truncate texts to N tokens (0: no truncation)"
-        parser.add_argument("--max_length", type=number(int, 0, 2**31), default=512, metavar="N", help=cut)
+        parser.add_argument("--max_length", type=number(int, 0), default=512, metavar="N", help=cut)
 
 
 def audit(args):

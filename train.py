@@ -56,16 +56,16 @@ def parse_args(argv=None):
     add("--epochs", type=positive, default=2, help="passes over the training part")
     add("--batch_size", type=positive, default=4, help="micro-batch size, total across all processes")
     add("--gradient_accumulation_steps", type=positive, default=1, help="micro-batches per step")
-    add("--learning_rate", type=data.number(float, 1e-12), default=5e-5, help="peak; it falls linearly to 0")
+    add("--learning_rate", type=data.number(float, 0, above=True), default=5e-5, help="peak; it falls linearly to 0")
     add("--warmup_ratio", type=data.number(float, 0, 1), default=0.0, help="share of the steps with a rising rate")
     add("--weight_decay", type=data.number(float, 0), default=0.0, help="weight decay of AdamW")
-    add("--max_grad_norm", type=data.number(float, 1e-12), default=1.0, help="gradients are clipped to this norm")
+    add("--max_grad_norm", type=data.number(float, 0, above=True), default=1.0, help="clip gradients to this norm")
     add("--mixed_precision", choices=["auto", *data.DTYPES], default="auto", help="dtype of the computation")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
-    add("--seed", type=data.number(int, 0), default=233, help="of new weights, data order and dropout, not the split")
+    add("--seed", type=data.number(int, 0), default=233, help="random seed for new weights, data order and dropout")
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", type=data.folder, default=Path("out"), help="folder of the checkpoint")
-    add("--save_steps", type=data.number(int, 0), default=500, help="for --resume, besides each epoch's end; 0: never")
+    add("--save_steps", type=data.number(int, 0), default=500, help="also save state every N steps (0: never save it)")
     add("--resume", action="store_true", help="continue the run in output_dir from its last saved state")
     add("--overwrite", action="store_true", help="delete the run in output_dir and start anew")
     return parser.parse_args(argv)
@@ -150,13 +150,12 @@ def saving_to(folder):
 def save_state(path, accelerator, model, optimizer, values):
     """Save for --resume what does not follow from (seed, step): trainable tensors, AdamW, the scaler, `values`."""
     if accelerator.is_main_process:
-        weights = {n: p.detach() for n, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
+        tensors = {n: p.detach() for n, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
         scaler = accelerator.scaler and accelerator.scaler.state_dict()
         with saving_to(path.parent):
-            state = {"model": weights, "optimizer": optimizer.state_dict(), "scaler": scaler}
+            state = {"model": tensors, "optimizer": optimizer.state_dict(), "scaler": scaler}
             torch.save(values | state, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
-    accelerator.wait_for_everyone()
 
 
 def load_state(path, accelerator, model, optimizer, arguments):
@@ -182,8 +181,7 @@ def check_checkpoint(folder, run, accelerator, token_ids, classes, trained):
     """
     if not np.isfinite(trained).all():
         raise InputError("the trained model's logits are not finite: start again with --overwrite and a lower rate")
-    model, _ = evaluate.load_checkpoint(folder, run, device=accelerator.device)
-    loaded = evaluate.predict(model, token_ids, "check")
+    loaded = evaluate.predict(evaluate.load_checkpoint(folder, run, device=accelerator.device)[0], token_ids, "check")
     tolerance = {"no": 1e-3, "bf16": 0.2, "fp16": 0.1}[accelerator.mixed_precision] * np.abs(trained).mean()
     if not np.abs(trained - loaded).mean() <= tolerance:
         raise InputError(f"the checkpoint in {folder}, loaded again, gives different logits from the trained model")
@@ -282,15 +280,14 @@ def main(argv=None):
     if max(map(max, token_ids["train"] + token_ids["validation"])) >= model.classifier().config.vocab_size:
         raise InputError(f"the tokenizer in {args.model} has more tokens than the model: they do not belong together")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    n_trainable, n_all = (sum(parameter.numel() for parameter in some) for some in (trainable, model.parameters()))
+    n_trained, n_all = (sum(parameter.numel() for parameter in some) for some in (trainable, model.parameters()))
     step_size = args.batch_size * args.gradient_accumulation_steps
     schedule = {"n_texts": len(parts["train"]), "step_size": step_size, "seed": args.seed}
     steps_per_epoch = math.ceil(len(parts["train"]) / step_size)
     total_steps = args.epochs * steps_per_epoch
     if is_main:
         print(f"【model】\n{model.model}\n【model.config】\n{model.classifier().config}")
-        percent = 100 * n_trainable / n_all
-        print(f"trainable params: {n_trainable:,} || all params: {n_all:,} || trainable%: {percent:.4f}")
+        print(f"trainable params: {n_trained:,} || all params: {n_all:,} || trainable%: {100 * n_trained / n_all:.4f}")
         data.print_parts(parts, labels, odd)
         print(f"{total_steps} steps of {step_size} texts on {processes} x {device.type}, precision {precision} ({why})")
     optimizer = torch.optim.AdamW(trainable, args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -405,7 +402,7 @@ def main(argv=None):
             "labels": list(labels),
             "split": split,
             "arguments": vars(args) | {"output_dir": str(output_dir)},
-            "parameters": {"trainable": n_trainable, "all": n_all},
+            "parameters": {"trainable": n_trained, "all": n_all},
             "epochs": epochs,
             "mixed_precision": f"{precision} ({why})",
             "processes": processes,

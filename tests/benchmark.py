@@ -9,43 +9,46 @@ padded to 512 tokens) and with a Trainer set as well as it can be; evaluation wi
 Trainer.predict. All see the same texts, start from the same weights and train for one epoch.
 
 Every variant runs in a fresh process, and a repetition runs all of them before the next begins, so that a machine
-which is slow for a while is slow for all. Written to --output_dir, anew after every repetition: results.jsonl (a line
-for each process), benchmark.md (the tables) and, with matplotlib, benchmark.png.
+which is slow for a while is slow for all. Written to --output_dir, anew after every process: results.jsonl (a line
+for each process), benchmark.md (the table) and, with matplotlib, benchmark.png.
 """
 
-import argparse
 import contextlib
-import dataclasses
+import io
 import json
 import math
+import multiprocessing
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
+import transformers  # lazy: its parts load in the workers, whose peak on Linux is no less than what their parent held
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-
-# Whatever else is large is imported in the workers alone: on Linux the peak memory of a process counts from what its
-# parent held when it started.
+import evaluate
+import train
 
 TESTS = Path(__file__).resolve().parent
-SHAPES = {  # vocabulary, hidden size, layers, heads, intermediate size; weights are random, no speed depends on them
-    "mid": (6144, 256, 6, 4, 704),
-    "0.5b": (151936, 1024, 24, 16, 2816),
+SHAPES = {  # vocabulary, hidden size, intermediate size, layers, heads; weights are random, no speed depends on them
+    "mid": (6144, 256, 704, 6, 4),
+    "0.5b": (151936, 1024, 2816, 24, 16),
 }
 RECIPE, BEST_TRAINER, OURS = "published recipe", "Trainer at its best", "train.py"
 ONE_BY_ONE, TRAINER_PREDICT, OUR_PREDICT = "one text at a time", "Trainer.predict", "evaluate.py"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FLOPS = {"lora": 4, "full": 6, "evaluation": 2}  # per parameter and token: 2 forward, 2 for each gradient
+PRECISIONS = {"fp32": "no", "bf16": "bf16"}  # and what --mixed_precision calls them
+FIGURES = ("speedup", "speedup_by_CPU_time", "texts_per_s", "peak_memory_GiB", "percent_of_matmul_peak",
+           "seconds_to_first_step", "training_loss", "validation_loss", "largest_logit_difference")  # fmt: skip
 MAX_LENGTH, RECIPE_BATCH, SEED = 512, 4, 233
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -60,424 +63,310 @@ def parse_args(argv=None):
     # A Trainer sorts by length within a quarter of the texts, at most 50 batches: with few texts it does so less well.
     add("--texts", type=data.number(int, 8, 4000), default=128, help="texts to train on and to evaluate")
     add("--batch_size", type=positive, default=4, help="texts in a training step; the recipe's is 4 whatever this is")
-    add("--learning_rate", type=data.number(float, 1e-12), default=5e-5, help="peak; falls linearly to 0")
+    add("--learning_rate", type=data.number(float, 0, above=True), default=5e-5, help="peak; falls linearly to 0")
     add("--methods", nargs="+", choices=["lora", "full"], default=["lora", "full"], help="what to train")
     add("--only", choices=["training", "evaluation"], help="leave the other out")
     add("--repeats", type=positive, default=3, help="fresh processes for each variant")
     add("--threads", type=positive, help="CPU threads of a process (torch's choice)")
     add("--output_dir", type=data.folder, default=Path("out/benchmark"), help="folder for the results")
-    add("--worker", nargs=4, help=argparse.SUPPRESS)  # a variant, to run in this process
-    add("--scratch", type=Path, help=argparse.SUPPRESS)  # the folder that the workers share
-    add("--started", type=float, help=argparse.SUPPRESS)  # time.time() before this process started
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.texts <= args.batch_size:
+        parser.error(f"{args.texts} texts make one step, but the first is not timed: give more --texts")
+    return args
 
 
-def variants(args, bf16):
-    """All (task, method, name, precision); in each group comes first what the others are compared with."""
-    listed, precisions = [], list(DTYPES) if bf16 else ["fp32"]
-    for method in args.methods if args.only != "evaluation" else []:
-        listed += [("training", method, RECIPE, "fp32"), ("training", method, BEST_TRAINER, precisions[-1])]
-        listed += [("training", method, OURS, precision) for precision in precisions]
-    if args.only != "training":
-        listed += [("evaluation", "lora", ONE_BY_ONE, "fp32")]
-        for name in (TRAINER_PREDICT, OUR_PREDICT):
-            listed += [("evaluation", "lora", name, precision) for precision in precisions]
-    return listed
+def variants(args, precisions):
+    """All (group, name, precision); the first of a group is what its others are compared with."""
+    training = [(RECIPE, "fp32"), (BEST_TRAINER, precisions[-1]), *((OURS, p) for p in precisions)]
+    evaluation = [(ONE_BY_ONE, "fp32"), *((name, p) for name in (TRAINER_PREDICT, OUR_PREDICT) for p in precisions)]
+    listed = [(method, *variant) for method in args.methods for variant in training]
+    listed = listed if args.only != "evaluation" else []
+    return listed + [("evaluation", *variant) for variant in evaluation if args.only != "training"]
 
 
-# ---- workers: what they share --------------------------------------------------------------------
+# ---- workers -------------------------------------------------------------------------------------
 
 
-def synchronize():
+def read_clocks():
+    """Wall-clock and CPU seconds so far, once the GPU has done what it was given."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
+    return np.array([time.perf_counter(), time.process_time()])
 
 
-def matmul_rate(dtype, seconds=0.3):
-    """FLOP/s of a product of two square matrices in `dtype`: the best seen, which no model can exceed."""
-    size, best, end = 256, 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        matrix = torch.randn(size, size, device=DEVICE).to(dtype)
-        synchronize()
-        start = time.perf_counter()
-        matrix @ matrix
-        synchronize()
-        took = time.perf_counter() - start
-        best = max(best, 2 * size**3 / took)
-        if took < 0.02 and size < 8192:  # too small for many cores or a GPU
-            size *= 2
-    return best
-
-
-def load_texts(scratch):
-    """The tokenizer, and of each part the examples and the token ids, as train.py gets them."""
-    tokenizer = data.load_tokenizer(scratch / "base")
-    parts = data.split_examples(data.load_examples([str(scratch / "texts.jsonl")])[0])
-    ids = {part: data.tokenize(tokenizer, [e["text"] for e in parts[part]], MAX_LENGTH)[0] for part in data.PARTS}
-    return tokenizer, parts, ids
-
-
-def trainer_rows(examples, token_ids, pad, width=0):
-    """What a Trainer reads: a dict for each text, padded to `width` tokens or, with 0, left to the collator."""
-    rows = []
-    for example, ids in zip(examples, token_ids, strict=True):
-        padding = [pad] * (width - len(ids))
-        mask = [1] * len(ids) + [0] * len(padding)
-        rows.append({"input_ids": ids + padding, "attention_mask": mask, "labels": data.LABELS.index(example["label"])})
-    return rows
-
-
-def train_ours(args, method, precision, output_dir, *more):
-    """train.py on the shared texts, through its command line."""
-    import train
-
-    command = ["--model", args.scratch / "base", "--data", args.scratch / "texts.jsonl", "--output_dir", output_dir]
+def train_command(args, scratch, method, precision, output_dir, *more):
+    """The command line of train.py on the shared texts."""
+    command = ["--model", scratch / "base", "--data", *(scratch / f"{part}.jsonl" for part in data.PARTS)]
     command += ["--epochs", 1, "--batch_size", args.batch_size, "--learning_rate", args.learning_rate, "--seed", SEED]
-    command += ["--mixed_precision", "no" if precision == "fp32" else precision, "--save_steps", 0]
+    command += ["--mixed_precision", PRECISIONS[precision], "--output_dir", output_dir, "--save_steps", 0]
     # No dropout anywhere: every variant would draw masks of its own, and the losses could not be compared.
     command += ["--lora", "--lora_dropout", 0] if method == "lora" else []
-    train.main([str(word) for word in (*command, *more)])
+    return [str(word) for word in (*command, "--overwrite", *more)]
 
 
-# ---- the first worker: what the others start from ------------------------------------------------
-
-
-def prepare(args):
+def prepare(args, scratch):
     """Put base model, texts and a checkpoint to evaluate into the shared folder; returns the facts to report."""
-    from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
-
-    # ---- base
-    source = args.config or TESTS / "tiny-qwen"
-    data.load_tokenizer(source).save_pretrained(args.scratch / "base")
-    torch.manual_seed(0)
+    source, causal_lm = args.config or TESTS / "tiny-qwen", transformers.AutoModelForCausalLM
+    tokenizer = data.load_tokenizer(source)
+    torch.manual_seed(SEED)
     if args.config:
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+        model = causal_lm.from_config(transformers.AutoConfig.from_pretrained(source))
     elif args.size == "tiny":
-        model = data.load_model(AutoModelForCausalLM, source, torch.bfloat16)
+        model = data.load_model(causal_lm, source)
     else:
-        fields = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         shape = dict(zip(fields, SHAPES[args.size], strict=True))
-        shape |= {"num_key_value_heads": shape["num_attention_heads"], "tie_word_embeddings": True, "rope_theta": 1e6}
-        model = AutoModelForCausalLM.from_config(Qwen2Config(**shape))
-    model.to(torch.bfloat16).save_pretrained(args.scratch / "base")
-    outside_embedding = [p for name, p in model.base_model.named_parameters() if not name.startswith("embed_tokens.")]
+        shape |= {"num_key_value_heads": shape["num_attention_heads"], "tie_word_embeddings": True}
+        model = causal_lm.from_config(transformers.Qwen2Config(**shape))
+    model.to(torch.bfloat16).save_pretrained(scratch / "base")
+    tokenizer.save_pretrained(scratch / "base")
 
-    # ---- texts: a record for each, so many that train.py's own split, 8:1:1 by rows, leaves --texts for training
-    examples = data.split_examples(data.load_examples(args.data)[0])["train"]
-    with (args.scratch / "texts.jsonl").open("w", encoding="utf-8") as file:
-        for example in examples[: math.ceil(args.texts / 0.8)]:
-            record = {"question": example["question"], **{field: [] for field in data.FIELDS[1:]}}
-            record[f"{example['label']}_answers"].append(example["text"])
-            file.write(json.dumps(record) + "\n")
-    lengths = [len(ids) for ids in load_texts(args.scratch)[2]["train"]]
-    if len(lengths) <= max(args.batch_size, RECIPE_BATCH):
-        raise data.InputError(f"{len(lengths)} texts make one step, but the first is not timed: give more --texts")
+    # Files with these names are the parts of a task, so that train.py trains on exactly --texts.
+    parts = data.split_examples(data.load_examples(args.data, labels=data.LABELS)[0])
+    if len(parts["train"]) < args.texts:
+        raise data.InputError(f"--data has only {len(parts['train'])} training texts: give fewer --texts")
+    for part, n_texts in zip(data.PARTS, (args.texts, args.texts // 8, 1), strict=True):
+        rows = [{field: example[field] for field in ("text", "label")} for example in parts[part][:n_texts]]
+        data.write_atomically(scratch / f"{part}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
 
+    if args.only != "training":  # little training at a high rate: an adapter that is not 0, so that merging matters
+        more = ["--max_length", 16, "--batch_size", 16, "--learning_rate", 1e-2]
+        train.main(train_command(args, scratch, "lora", "fp32", scratch / "checkpoint", *more))
     facts = {
+        "base": Path(args.config).resolve().name if args.config else args.size,
+        "parameters": model.base_model.num_parameters(exclude_embeddings=True),
+        "tokens": sum(len(row["input_ids"]) for row in load_rows(scratch, tokenizer, "train")),
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
-        "parameters": sum(p.numel() for p in outside_embedding),
-        "texts": len(lengths),
-        "tokens": sum(lengths),
-        "matmul": {precision: matmul_rate(dtype) for precision, dtype in DTYPES.items()},
+        "matmul": {},  # FLOP/s: the best seen, which no model can exceed
     }
-    (args.scratch / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-    if args.only != "training":  # little training at a high rate: an adapter that is not 0, so that merging matters
-        more = ["--max_length", 16, "--batch_size", 16, "--learning_rate", 1e-2]
-        train_ours(args, "lora", "fp32", args.scratch / "checkpoint", *more)
+    size = 8192 if DEVICE.type == "cuda" else 1024
+    for precision, name in PRECISIONS.items():
+        matrix = torch.randn(size, size, device=DEVICE, dtype=data.DTYPES[name])
+        timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=facts["threads"])
+        facts["matmul"][precision] = 2 * size**3 / min(timer.blocked_autorange(min_run_time=1).times)
     return facts
 
 
-# ---- workers: training ---------------------------------------------------------------------------
+def load_rows(scratch, tokenizer, part):
+    """What a Trainer reads: the token ids and the class of each text. Its collator pads them."""
+    rows = [row for _, row in data.read_rows(scratch / f"{part}.jsonl")]
+    token_ids, _ = data.tokenize(tokenizer, [row["text"] for row in rows], MAX_LENGTH)
+    classes = [data.LABELS.index(row["label"]) for row in rows]
+    return [{"input_ids": ids, "labels": label} for ids, label in zip(token_ids, classes, strict=True)]
 
 
-class Watch:
-    """Follows the training in this process from outside, whoever runs it.
+def watch_training(n_texts, batch_size, started):
+    """Follow the training in this process from outside, whoever runs it; returns the dict that the last step fills.
 
     The clocks are read after the first step and after the last: the first also allocates AdamW's state, and in between
-    the CPU may run ahead of a GPU as it does in real life. Reading at the steps leaves out whatever validates or saves.
+    the CPU may run ahead of a GPU as it does in real life. What validates or saves comes later. The first step's share
+    is reckoned from the tokens that it computed, padding included. To leave out its texts instead would not be fair: a
+    Trainer that sorts by length begins with the longest.
     """
+    steps, forward = math.ceil(n_texts / batch_size), torch.nn.Embedding.forward
+    tokens, clocks, result = [0], [], {}  # the tokens of each step so far
 
-    def __init__(self, steps):
-        self.steps, self.batches, self.readings, self.first_forward, self.memory = steps, [[]], [], None, None
-        register_optimizer_step_post_hook(self.after_step)
-        forward = torch.nn.Embedding.forward
+    def watched_forward(module, ids):  # here all variants are alike: token ids come in, with any padding
+        result.setdefault("seconds_to_first_step", time.time() - started)
+        tokens[-1] += ids.numel()
+        return forward(module, ids)
 
-        def watched(module, ids):
-            self.first_forward = self.first_forward or time.time()
-            self.batches[-1].append(ids)
-            return forward(module, ids)
+    def after_step(*_):
+        if len(tokens) in (1, steps):
+            clocks.append(read_clocks())
+        if len(tokens) == steps:
+            result["tokens_computed"] = sum(tokens)
+            result["peak_memory_GiB"] = train.peak_memory_gib(DEVICE)  # now: train.py goes on to load its checkpoint
+            seconds = (clocks[1] - clocks[0]) * sum(tokens) / sum(tokens[1:])
+            result["texts_per_s"], result["texts_per_CPU_s"] = n_texts / seconds
+        tokens.append(0)
 
-        torch.nn.Embedding.forward = watched  # there all variants are alike: token ids come in, with any padding
-
-    def after_step(self, *_):
-        if len(self.batches) in (1, self.steps):
-            synchronize()
-            self.readings.append({"wall_s": time.perf_counter(), "cpu_s": time.process_time(), "time": time.time()})
-        if len(self.batches) == self.steps:  # not later: train.py goes on to load its checkpoint, Trainer to validate
-            from train import peak_memory_gib
-
-            self.memory = peak_memory_gib(DEVICE)
-        self.batches.append([])
-
-    def result(self, started):
-        """What an epoch takes by either clock, what memory, and when the first step came, in seconds from `started`.
-
-        The first step's share is reckoned from the tokens that it computed, padding included. To leave out its texts
-        instead would not be fair: a Trainer that sorts by length begins with the longest.
-        """
-        first, last = self.readings
-        tokens = [sum(ids.numel() for ids in batches) for batches in self.batches[: self.steps]]
-        return {
-            **{clock: (last[clock] - first[clock]) * sum(tokens) / sum(tokens[1:]) for clock in ("wall_s", "cpu_s")},
-            "tokens_computed": sum(tokens),
-            "memory_gib": self.memory,
-            "first_step_from_s": self.first_forward - started,
-            "first_step_to_s": first["time"] - started,
-        }
+    torch.nn.Embedding.forward = watched_forward
+    register_optimizer_step_post_hook(after_step)
+    return result
 
 
-def train_with_trainer(args, method, precision, best):
-    """transformers' Trainer on the shared texts, as published or at its `best`; returns its losses."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+def run_training(args, scratch, started, method, name, precision):
+    """Train for one epoch in a process that was `started` then; returns the figures to report, losses among them."""
+    batch_size = RECIPE_BATCH if name == RECIPE else args.batch_size
+    result = watch_training(args.texts, batch_size, started)
+    command = train_command(args, scratch, method, precision, scratch / "trained")
+    if name == OURS:
+        train.main(command)
+        (epoch,) = json.loads((scratch / "trained" / "run.json").read_text(encoding="utf-8"))["epochs"]
+        return result | {loss: epoch[loss] for loss in ("training_loss", "validation_loss")}
 
-    options = {"num_train_epochs": 1, "learning_rate": args.learning_rate, "seed": SEED}
-    options |= {"per_device_train_batch_size": RECIPE_BATCH, "save_strategy": "no", "report_to": "none"}
+    options = {"num_train_epochs": 1, "learning_rate": args.learning_rate, "per_device_train_batch_size": batch_size}
+    options |= {"seed": SEED, "output_dir": scratch / "trainer", "save_strategy": "no", "report_to": "none"}
     options |= {"use_cpu": DEVICE.type == "cpu"}  # else it refuses bf16 on a CPU
-    if best:
-        renamed = "train_sampling_strategy" in {field.name for field in dataclasses.fields(TrainingArguments)}
+    if name == BEST_TRAINER:
+        renamed = hasattr(transformers.TrainingArguments, "train_sampling_strategy")
         options |= {"train_sampling_strategy": "group_by_length"} if renamed else {"group_by_length": True}
         options |= {"optim": "adamw_torch_fused", "bf16": precision == "bf16"}
-        options |= {"per_device_train_batch_size": args.batch_size}
-    tokenizer, parts, token_ids = load_texts(args.scratch)
-    pad, width = tokenizer.pad_token_id, 0 if best else MAX_LENGTH
-    rows = {part: trainer_rows(parts[part], token_ids[part], pad, width) for part in parts}
-    dtype = DTYPES[precision] if method == "lora" else torch.float32  # as train.py: what is trained stays float32
-    model = data.load_classifier(args.scratch / "base", tokenizer, data.LABELS, dtype, new_head=SEED)
-    if method == "lora":
-        layers = ["q_proj", "k_proj", "v_proj", "o_proj"]
-        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=layers))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(args.scratch / "trainer", **options),
-        data_collator=DataCollatorWithPadding(tokenizer),
-        train_dataset=rows["train"],
-        eval_dataset=rows["validation"],
-        processing_class=tokenizer,
-    )
+    tokenizer = data.load_tokenizer(scratch / "base")
+    model = train.build_model(train.parse_args(command), scratch / "base", tokenizer, PRECISIONS[precision])
+    model.classifier().set_attn_implementation("sdpa")  # instead of ours: a plain model, as anyone would load it
+    padding = "max_length" if name == RECIPE else "longest"
+    collator = transformers.DataCollatorWithPadding(tokenizer, padding, MAX_LENGTH)
+    rows = [load_rows(scratch, tokenizer, part) for part in ("train", "validation")]
+    trainer = transformers.Trainer(model.model, transformers.TrainingArguments(**options), collator, *rows)
     # Its training loss is the mean over steps, in which a ragged last one counts as much as the others do.
-    return {"training_loss": trainer.train().training_loss, "validation_loss": trainer.evaluate()["eval_loss"]}
+    losses = {"training_loss": trainer.train().training_loss, "validation_loss": trainer.evaluate()["eval_loss"]}
+    return result | losses
 
 
-def run_training(args, method, name, precision):
-    texts = json.loads((args.scratch / "facts.json").read_text(encoding="utf-8"))["texts"]
-    watch = Watch(math.ceil(texts / (RECIPE_BATCH if name == RECIPE else args.batch_size)))
-    if name == OURS:
-        folder = args.scratch / "trained"
-        train_ours(args, method, precision, folder)
-        (epoch,) = json.loads((folder / "run.json").read_text(encoding="utf-8"))["epochs"]
-        losses = {loss: epoch[loss] for loss in ("training_loss", "validation_loss")}
-        shutil.rmtree(folder)  # a full 0.5B model takes 1.9 GB
-    else:
-        losses = train_with_trainer(args, method, precision, best=name == BEST_TRAINER)
-    return watch.result(args.started) | losses
+def run_evaluation(args, scratch, started, _, name, precision):
+    """Time the way from texts to logits, on the texts of the training; returns the figures to report."""
+    from peft import PeftModel  # imported here: it loads much of transformers
 
-
-# ---- workers: evaluation -------------------------------------------------------------------------
-
-
-def run_evaluation(args, name, precision):
-    """Time the way from texts to logits, on as many texts as the training has."""
-    from peft import PeftModel
-    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
-
-    import evaluate
-    from train import peak_memory_gib
-
-    tokenizer, parts, _ = load_texts(args.scratch)
+    checkpoint, dtype = scratch / "checkpoint", data.DTYPES[PRECISIONS[precision]]
     if name == OUR_PREDICT:
-        checkpoint = args.scratch / "checkpoint"
-        model, _ = evaluate.load_checkpoint(checkpoint, evaluate.read_run(checkpoint), DTYPES[precision], DEVICE)
+        model, tokenizer = evaluate.load_checkpoint(checkpoint, evaluate.read_run(checkpoint), dtype, DEVICE)
     else:
-        model = data.load_classifier(args.scratch / "base", tokenizer, data.LABELS, new_head=SEED)
-        model = PeftModel.from_pretrained(model, args.scratch / "checkpoint").to(DEVICE, DTYPES[precision]).eval()
+        tokenizer = data.load_tokenizer(checkpoint)
+        model = data.load_classifier(scratch / "base", tokenizer, data.LABELS, new_head=SEED)
+        model = PeftModel.from_pretrained(model, checkpoint).to(DEVICE, dtype).eval()
     if name == TRAINER_PREDICT:
-        options = TrainingArguments(args.scratch / "trainer", per_device_eval_batch_size=8, report_to="none")
-        trainer = Trainer(model=model, args=options, data_collator=DataCollatorWithPadding(tokenizer))
+        options = transformers.TrainingArguments(scratch / "trainer", report_to="none")
+        trainer = transformers.Trainer(model, options, processing_class=tokenizer)
 
     @torch.inference_mode()
-    def score(examples):
-        texts = [example["text"] for example in examples]
-        if name == ONE_BY_ONE:
-            rows = [torch.tensor(data.tokenize(tokenizer, [text], MAX_LENGTH)[0]).to(DEVICE) for text in texts]
-            return torch.cat([model(input_ids=row).logits.cpu() for row in rows]).numpy()
+    def score(texts):
         token_ids, _ = data.tokenize(tokenizer, texts, MAX_LENGTH)
+        if name == OUR_PREDICT:
+            return evaluate.predict(model, token_ids)
         if name == TRAINER_PREDICT:
-            return trainer.predict(trainer_rows(examples, token_ids, tokenizer.pad_token_id)).predictions
-        return evaluate.predict(model, token_ids)
+            return trainer.predict([{"input_ids": ids} for ids in token_ids]).predictions
+        return torch.cat([model(torch.tensor([ids], device=DEVICE)).logits.cpu() for ids in token_ids]).numpy()
 
-    score(parts["train"][:2])  # whatever happens once only
-    wall, cpu = time.perf_counter(), time.process_time()
-    logits = score(parts["train"])
-    seconds = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
-    reference = args.scratch / "logits.npy"
+    texts = [row["text"] for _, row in data.read_rows(scratch / "train.jsonl")]
+    result = {"seconds_to_first_step": time.time() - started}
+    score(texts[:2])  # whatever happens once only
+    before = read_clocks()
+    logits = score(texts)
+    result["texts_per_s"], result["texts_per_CPU_s"] = len(texts) / (read_clocks() - before)
+    result["peak_memory_GiB"] = train.peak_memory_gib(DEVICE)
     if name == ONE_BY_ONE:
-        np.save(reference, logits)
-    difference = float(np.abs(logits - np.load(reference)).max())
-    return seconds | {"memory_gib": peak_memory_gib(DEVICE), "logit_difference": difference}
+        np.save(scratch / "logits.npy", logits)
+    return result | {"largest_logit_difference": float(abs(logits - np.load(scratch / "logits.npy")).max())}
 
 
-def work(args, task, method, name, precision):
-    """A worker: prints its result as one line of JSON, after whatever train.py prints."""
-    if task == "prepare":
-        result = prepare(args)
-    elif task == "training":
-        result = run_training(args, method, name, precision)
-    else:
-        result = run_evaluation(args, name, precision)
-    if task != "prepare":
-        result["matmul"] = matmul_rate(DTYPES[precision])
-    print(json.dumps(result))
+# ---- the parent: processes, table, picture -------------------------------------------------------
 
 
-# ---- the parent: processes, tables, picture ------------------------------------------------------
+def quietly(function, *arguments):
+    """Call a function with what it prints kept from the screen; returns its dict, or {"error": why it failed}."""
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(output):
+        try:
+            return function(*arguments)
+        except SystemExit:  # of train.py, whose last line says why
+            return {"error": output.getvalue().splitlines()[-1].removeprefix("error: ")}
+        except Exception as error:
+            return {"error": data.short(error, 200)}
 
 
-def start(argv, threads, scratch, worker):
-    """Run a worker in a fresh process; the dict that it printed, or {"error": why it failed}."""
-    environment = dict(os.environ)
-    # With several GPUs a Trainer would use them all, through DataParallel.
-    environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    if threads:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    command = [sys.executable, __file__, *argv, "--worker", *worker]
-    command += ["--scratch", scratch, "--started", str(time.time())]
-    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
-    if done.returncode:
-        words = [line for line in done.stderr.splitlines() if "rror" in line]  # and not a progress bar
-        return {"error": (words or [f"exit code {done.returncode}"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+def in_fresh_process(function, *arguments):
+    """Do the same in a process of its own, which imports everything anew."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(quietly, function, *arguments).result()
+        except BrokenExecutor:
+            return {"error": "the process was killed, perhaps because the memory ran out"}
 
 
-def spread(values):
-    """Median and range."""
-    return f"{median(values):.2f}" + (f" ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else "")
-
-
-def summarise(facts, results):
-    """Of each variant's good runs the table's cells, as (task, {heading: cell}); and the bars of the picture."""
-    runs_of, rows, bars = {}, [], []
-    for run in results:
-        if "error" not in run:
-            runs_of.setdefault(tuple(run["variant"]), []).append(run)
-    for (task, method, name, precision), runs in runs_of.items():
-        middle = {field: median(run[field] for run in runs) for field in runs[0].keys() - {"variant"}}
-        first = RECIPE if task == "training" else ONE_BY_ONE
-        pairs = [(a, b) for a in runs_of.get((task, method, first, "fp32"), []) for b in runs]
-        pairs = [(a, b) for a, b in pairs if a["repetition"] == b["repetition"]]
-        ratios = {clock: [a[clock] / b[clock] for a, b in pairs] or [math.nan] for clock in ("wall_s", "cpu_s")}
-        cells = {
-            "variant": f"{name}, {precision}",
-            "texts/s": spread([facts["texts"] / run["wall_s"] for run in runs]),
-            f"x {first}": spread(ratios["wall_s"]),
-            "by CPU time": spread(ratios["cpu_s"]),
-            "peak GiB": f"{middle['memory_gib']:.2f}",
-        }
-        if task == "training":
-            cells = {"trained": {"lora": "LoRA", "full": "full"}[method], **cells}
-            tokens_per_s = facts["tokens"] / middle["wall_s"]
-            useful = (4 if method == "lora" else 6) * facts["parameters"] * tokens_per_s  # 2 forward, 2 a gradient
-            cells |= {
-                "tokens/s": f"{tokens_per_s:.0f}",
-                "of matmul peak": f"{useful / facts['matmul'][precision]:.1%}",
-                "first step, s": f"{middle['first_step_from_s']:.1f} to {middle['first_step_to_s']:.1f}",
-                "training loss": f"{middle['training_loss']:.4f}",
-                "validation loss": f"{middle['validation_loss']:.4f}",
-            }
-        else:
-            cells["largest logit difference"] = f"{middle['logit_difference']:.1e}"
-        rows.append((task, cells))
-        # Others may use a CPU too, and what they take is no part of a process's CPU time. Beside a GPU the CPU time
-        # tells little. So the table has both ratios, and the picture the one to believe.
-        ratio = median(ratios["cpu_s" if facts["device"] == "CPU" else "wall_s"])
-        bars.append((f"{cells.get('trained', task)}: {cells['variant']}", ratio, middle["memory_gib"]))
-    return rows, bars
-
-
-def report(args, facts, results):
-    """Write tables and picture of what there is so far; returns the tables as Markdown."""
-    for run in results:  # the peak is the best that any of the processes saw
-        if "error" not in run:
-            facts["matmul"][run["variant"][3]] = max(facts["matmul"][run["variant"][3]], run["matmul"])
-    rows, bars = summarise(facts, results)
-    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+def report(args, facts, runs):
+    """Write what the runs gave, as data, table and picture; returns the table as Markdown."""
+    lines = [json.dumps(line) + "\n" for line in ({"facts": facts}, *runs)]
+    data.write_atomically(args.output_dir / "results.jsonl", "".join(lines))
+    runs_of = {}  # {(group, variant): its runs}
+    for run in runs:
+        runs_of.setdefault((run["group"], run["variant"]), []).append(run)
+    names = [name for name in FIGURES if any(name in run for run in runs)]
+    title = f"Base {facts['base']}, {facts['parameters'] / 1e6:.1f} M parameters outside the embedding"
+    machine = f"{facts['device']}, {facts['threads']} CPU threads"
     rates = ", ".join(f"{precision} {rate / 1e9:,.1f}" for precision, rate in facts["matmul"].items())
     lines = [
-        f"Base {Path(args.config).resolve().name if args.config else args.size}, {facts['parameters'] / 1e6:.1f} M "
-        f"parameters outside the embedding; {facts['texts']} texts of {facts['tokens'] / facts['texts']:.0f} tokens on "
-        f"average; batch {args.batch_size}, the recipe's {RECIPE_BATCH}; median (range) of {args.repeats}.",
-        f"{facts['device']}, {facts['threads']} CPU threads; matmul peak, GFLOP/s: {rates}; {versions}.",
-        "texts/s by the wall clock. On a CPU that others use too, trust the ratio by CPU time; with a GPU, the other.",
+        f"{title}; {args.texts} texts of {facts['tokens'] / args.texts:.0f} tokens on average; batch "
+        f"{args.batch_size}, the recipe's {RECIPE_BATCH}; median (range) of {args.repeats}.",
+        f"{machine}; matmul peak, GFLOP/s: {rates}; {', '.join(map(' '.join, facts['versions'].items()))}.",
+        "The speedup is over the first of each group. On a CPU that others use too, trust the one by CPU time, not by "
+        "the wall clock; with a GPU, the other.",
+        "",
+        f"| group | variant | {' | '.join(names).replace('_', ' ')} |",
+        "|---|---" + "|---" * len(names) + "|",
     ]
-    for wanted in ("training", "evaluation"):
-        table = [cells for task, cells in rows if task == wanted]
-        lines += ["", f"| {' | '.join(table[0])} |", f"|{'---|' * len(table[0])}"] if table else []
-        lines += [f"| {' | '.join(cells.values())} |" for cells in table]
-    if failed := sorted({", ".join(run["variant"]) for run in results if "error" in run}):
-        lines += ["", f"Failed, see results.jsonl: {'; '.join(failed)}."]
+    for variant, its_runs in runs_of.items():
+        cells = [spread([run[name] for run in its_runs if name in run]) for name in names]
+        lines.append(f"| {' | '.join((*variant, *cells))} |")
     text = "\n".join(lines) + "\n"
     data.write_atomically(args.output_dir / "benchmark.md", text)
     with contextlib.suppress(ImportError):  # matplotlib is optional
-        from matplotlib.figure import Figure  # not pyplot: no global figure, no display
-
-        figure = Figure(figsize=(10, 1.2 + 0.34 * len(bars)), layout="constrained")
-        axes = figure.subplots(1, 2, sharey=True)
-        axes[0].invert_yaxis()
-        colors = ["tab:orange" if f": {OURS}" in bar[0] or f": {OUR_PREDICT}" in bar[0] else "tab:gray" for bar in bars]
-        task = {"training": RECIPE, "evaluation": ONE_BY_ONE}.get(args.only, "the first of each group")
-        for column, heading, unit in ((1, f"speed-up over {task}", "x"), (2, "peak memory, GiB", "")):
-            shown = axes[column - 1].barh([bar[0] for bar in bars], [bar[column] for bar in bars], color=colors)
-            axes[column - 1].bar_label(shown, [f"{bar[column]:.1f}{unit}" for bar in bars], padding=2, fontsize=9)
-            axes[column - 1].set_xlabel(heading)
-            axes[column - 1].margins(x=0.15)
-        figure.suptitle(f"{lines[0].partition(';')[0]}; {facts['device']}, {facts['threads']} threads", fontsize=10)
-        figure.savefig(args.output_dir / "benchmark.png", dpi=110)
+        speedup = "speedup_by_CPU_time" if facts["device"] == "CPU" else "speedup"  # the one to trust
+        plot(args.output_dir / "benchmark.png", f"{title}; {machine}", runs_of, (speedup, "peak_memory_GiB"))
     return text
+
+
+def spread(values):
+    """Median and range, as text."""
+    around = f" ({min(values):.4g}-{max(values):.4g})" if len(set(values)) > 1 else ""
+    return f"{median(values):.4g}{around}" if values else ""
+
+
+def plot(path, title, runs_of, names):
+    """Draw two figures side by side, a bar for the median of each variant."""
+    from matplotlib.figure import Figure  # not pyplot: no global figure, no display
+
+    figure = Figure(figsize=(10, 1.2 + 0.34 * len(runs_of)), layout="constrained")
+    labels = [": ".join(variant) for variant in runs_of]
+    headings = dict.fromkeys(names, "speed-up over the first bar of each group") | {
+        "peak_memory_GiB": "peak memory, GiB"
+    }
+    colors = ["tab:orange" if OURS in label or OUR_PREDICT in label else "tab:gray" for label in labels]
+    for axes, name in zip(figure.subplots(1, 2, sharey=True), names, strict=True):
+        medians = [median([run[name] for run in runs if name in run] or [math.nan]) for runs in runs_of.values()]
+        axes.bar_label(axes.barh(labels, medians, color=colors), fmt="%.3g", padding=2, fontsize=9)
+        axes.set(xlabel=headings[name], xmargin=0.15)
+    axes.invert_yaxis()  # of both
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110)
 
 
 @data.one_line_errors
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    args = parse_args(argv)
-    if args.worker:
-        return work(args, *args.worker)
+    args, runs = parse_args(argv), []
+    if args.threads:
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    # With several GPUs a Trainer would use them all, through DataParallel.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    raw, results = args.output_dir / "results.jsonl", []
-    with tempfile.TemporaryDirectory(dir=args.output_dir) as scratch:
-        facts = start(argv, args.threads, scratch, ["prepare", "", "", ""])
+    with tempfile.TemporaryDirectory(dir=args.output_dir) as folder:
+        scratch = Path(folder)
+        facts = in_fresh_process(prepare, args, scratch)
         if "error" in facts:
-            raise data.InputError(facts["error"].removeprefix("error: "))
-        raw.write_text(json.dumps({"facts": facts}) + "\n", encoding="utf-8")
+            raise data.InputError(facts["error"])
         fp32, bf16 = facts["matmul"].values()
-        worth_it = bf16 >= 1.5 * fp32
+        precisions = list(PRECISIONS) if bf16 >= 1.5 * fp32 else ["fp32"]
         print(f"matmul: fp32 {fp32 / 1e9:,.1f} GFLOP/s, bf16 {bf16 / 1e9:,.1f}", end=", ")
-        print("which is worth it" if worth_it else "which is not worth it here: the bf16 variants are skipped")
+        print("which is worth it" if len(precisions) > 1 else "which is not worth it: the bf16 variants are skipped")
         for repetition in range(args.repeats):
-            for variant in variants(args, worth_it):
-                result = start(argv, args.threads, scratch, variant)
-                results.append({"variant": variant, "repetition": repetition, **result})
-                with raw.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(results[-1]) + "\n")
-                outcome = result["error"] if "error" in result else f"{facts['texts'] / result['wall_s']:.2f} texts/s"
-                print(f"{repetition + 1}/{args.repeats} {', '.join(variant)}: {outcome}", flush=True)
-            text = report(args, facts, results)
+            baselines = {}  # the first run of each group
+            for group, name, precision in variants(args, precisions):
+                worker = run_evaluation if group == "evaluation" else run_training
+                run = in_fresh_process(worker, args, scratch, time.time(), group, name, precision)
+                baseline = baselines.setdefault(group, run)
+                if "error" not in run:
+                    for rate, speedup in (("texts_per_s", "speedup"), ("texts_per_CPU_s", "speedup_by_CPU_time")):
+                        run[speedup] = run[rate] / baseline.get(rate, math.nan)
+                    flops = FLOPS[group] * facts["parameters"] * facts["tokens"] * run["texts_per_s"] / args.texts
+                    run["percent_of_matmul_peak"] = 100 * flops / facts["matmul"][precision]
+                runs.append({"group": group, "variant": f"{name}, {precision}", "repetition": repetition, **run})
+                outcome = run.get("error") or f"{run['texts_per_s']:.2f} texts/s"
+                print(f"{repetition + 1}/{args.repeats} {group}: {name}, {precision}: {outcome}", flush=True)
+                text = report(args, facts, runs)
     print(f"\n{text}\nwritten to {args.output_dir}: results.jsonl, benchmark.md, and with matplotlib benchmark.png")
-    if any("error" in run for run in results):
+    if any("error" in run for run in runs):
         sys.exit(1)
 
 

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import time
 from importlib.metadata import version
 
 import benchmark
@@ -20,7 +22,7 @@ def rows_of(markdown):
     ]
     rows = [dict(zip(headings, row, strict=True)) for row in rows]
     for row in rows:
-        for heading in row.keys() - {"trained", "variant", "largest logit difference"}:
+        for heading in row.keys() - {"group", "variant", "largest logit difference"}:
             values = [float(text) for text in re.findall(r"[\d.]+|nan|inf", row[heading])]
             assert values and all(math.isfinite(value) and value > 0 for value in values), (row, heading)
     return {row["variant"]: row for row in rows}
@@ -42,9 +44,9 @@ def test_training_variants_do_the_same_work(tmp_path):
     for loss in ("training loss", "validation loss"):
         assert math.isclose(float(recipe[loss]), float(ours[loss]), abs_tol=0.04)
     facts, *runs = map(json.loads, (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines())
-    computed = {tuple(run["variant"][2:]): run["tokens_computed"] for run in runs}
-    assert computed["published recipe", "fp32"] == 24 * 512
-    assert computed["train.py", "fp32"] == facts["facts"]["tokens"]  # not one of padding
+    computed = {run["variant"]: run["tokens_computed"] for run in runs}
+    assert computed["published recipe, fp32"] == 24 * 512
+    assert computed["train.py, fp32"] == facts["facts"]["tokens"]  # not one of padding
     left = {path.name for path in tmp_path.iterdir()} - {"benchmark.png"}  # which needs matplotlib
     assert left == {"benchmark.md", "results.jsonl"}
 
@@ -53,13 +55,24 @@ def test_evaluation_variants_give_the_same_logits(tmp_path):
     """In this process, as new ones would spend half a minute on imports."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    args = benchmark.parse_args(
-        ["--texts", "24", "--only", "evaluation", "--scratch", str(scratch), "--output_dir", str(tmp_path)]
-    )
-    facts, results = benchmark.prepare(args), []
-    for variant in benchmark.variants(args, bf16=False):
-        result = benchmark.run_evaluation(args, *variant[2:]) | {"matmul": facts["matmul"]["fp32"]}
-        results.append({"variant": variant, "repetition": 0, **result})
-    rows = rows_of(benchmark.report(args, facts, results))
+    args = benchmark.parse_args(["--texts", "24", "--only", "evaluation", "--output_dir", str(tmp_path)])
+    facts, runs = benchmark.prepare(args, scratch), []
+    for group, name, precision in benchmark.variants(args, ["fp32"]):
+        run = benchmark.run_evaluation(args, scratch, time.time(), group, name, precision)
+        runs.append({"group": group, "variant": f"{name}, {precision}", **run})
+    rows = rows_of(benchmark.report(args, facts, runs))
     assert set(rows) == {"one text at a time, fp32", "Trainer.predict, fp32", "evaluate.py, fp32"}
     assert all(float(row["largest logit difference"]) < 1e-4 for row in rows.values())
+
+
+def test_a_failure_is_reported_and_the_rest_goes_on(tmp_path):
+    """The reasons of train.py and of a library, and a process that the system kills, each as one line."""
+    assert benchmark.quietly(benchmark.train.main, ["--data", "none"]) == {
+        "error": "'none' is neither a file nor a subset (subsets: " + ", ".join(benchmark.data.SUBSETS) + ", all)"
+    }
+    assert benchmark.quietly(int, "x")["error"].startswith("ValueError: invalid literal")
+    assert "killed" in benchmark.in_fresh_process(os._exit, 9)["error"]
+    args = benchmark.parse_args(["--output_dir", str(tmp_path)])
+    facts = {"base": "tiny", "parameters": 1, "tokens": 1, "device": "CPU", "threads": 1, "versions": {}, "matmul": {}}
+    runs = [{"group": "lora", "variant": "train.py, fp32", "repetition": 0, "error": "no memory"}]
+    assert "| lora | train.py, fp32 |" in benchmark.report(args, facts, runs)
