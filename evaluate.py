@@ -482,15 +482,15 @@ def score(name, examples, model, tokenizer, run, output_dir):
     print(f"written to {output_dir}: eval-{name}.json, predictions-{name}.jsonl{picture}")
 
 
-def label_rows(rows, model, tokenizer, run, name="label"):
-    """Add the label as `name` and its calibrated `probability` to each row without an error. Returns odd counts."""
+def label_rows(rows, model, tokenizer, run, prefix=""):
+    """Add label and calibrated probability, named after `prefix`, to the rows without an error; returns odd counts."""
     rows = [row for row in rows if "error" not in row]
     texts = [row["text"].encode("utf-8", "replace").decode() for row in rows]
     texts = [data.normalise(text) for text in texts] if run["split"]["protocol"] == "strict" else texts
     token_ids, odd = data.tokenize(tokenizer, texts, run["max_length"])
     probabilities = softmax(predict(model, token_ids) / run["temperature"]) if rows else []
     for row, p in zip(rows, probabilities, strict=True):
-        row |= {name: run["labels"][p.argmax()], "probability": round(float(p.max()), 6)}
+        row |= {f"{prefix}label": run["labels"][p.argmax()], f"{prefix}probability": round(float(p.max()), 6)}
     return odd
 
 
@@ -513,13 +513,13 @@ def label_file(args, load):
     Finished rows wait in a .partial file, whose name depends on the run and on the source: the same command, called
     again, continues it.
     """
-    source, output, count, name = args.predict, args.output, Counter(), "label"
+    source, output, count, prefix = args.predict, args.output, Counter(), ""
     if output.exists():
         raise InputError(f"{output} exists already: choose another --output, or delete it")
     for row in rows_to_label(source):
         count["empty" if row is None else "skipped" if "error" in row else "labelled"] += 1
-        if row is not None and "label" in row:  # the file's own labels must not be replaced
-            name = "predicted_label"
+        if row and not row.keys().isdisjoint(("label", "probability")):  # the file's own columns are kept
+            prefix = "predicted_"
     if not count["labelled"]:
         raise InputError(f"{source} has no row with a text: a column or field called text is needed")
     model, tokenizer, run = load()
@@ -535,7 +535,7 @@ def label_file(args, load):
         bar.update(done)
         rows = itertools.islice(filter(None, rows_to_label(source)), done, None)
         while chunk := list(itertools.islice(rows, CHUNK)):
-            odd += label_rows(chunk, model, tokenizer, run, name)
+            odd += label_rows(chunk, model, tokenizer, run, prefix)
             file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in chunk)
             file.flush()
             bar.update(len(chunk))
@@ -638,7 +638,7 @@ def main(argv=None):
         if args.example >= len(examples):
             raise InputError(f"--example {args.example}: {parts[0][0]} has the texts 0 to {len(examples) - 1}")
         row = dict(examples[args.example])
-        label_rows([row], *load(), "predicted_label")
+        label_rows([row], *load(), "predicted_")
         verdict = "正确" if row["predicted_label"] == row["label"] else "错误"
         print(f"【预测{verdict}!】Label: {row['label']}, Pred_Label: {row['predicted_label']}\nText: {row['text']}")
         return

@@ -67,7 +67,7 @@ def test_evaluation_variants_give_the_same_logits(tmp_path):
 
 def test_a_failure_is_reported_and_the_rest_goes_on(tmp_path):
     """The reasons of train.py and of a library, and a process that the system kills, each as one line."""
-    assert benchmark.quietly(benchmark.train.main, ["--data", "none"]) == {
+    assert benchmark.quietly(benchmark.train.main, ["--data", "none", "--output_dir", str(tmp_path)]) == {
         "error": "'none' is neither a file nor a subset (subsets: " + ", ".join(benchmark.data.SUBSETS) + ", all)"
     }
     assert benchmark.quietly(int, "x")["error"].startswith("ValueError: invalid literal")

@@ -301,11 +301,12 @@ def test_predict_a_csv(three_classes, tmp_path, capsys, suffix):
     capsys.readouterr()
 
 
-def test_predict_keeps_a_label_that_is_there(three_classes, tmp_path, capsys):
+def test_predict_keeps_columns_that_are_there(three_classes, tmp_path, capsys):
     _, out = three_classes
-    path = write_csv(tmp_path / "texts.csv", [{"text": "球队进球", "label": "gold"}])
+    path = write_csv(tmp_path / "texts.csv", [{"text": "球队进球", "label": "gold", "probability": "mine"}])
     [row] = predict(out, path, tmp_path / "labels.csv")
-    assert (row["label"], row["predicted_label"]) == ("gold", "足球")
+    assert (row["label"], row["predicted_label"], row["probability"]) == ("gold", "足球", "mine")
+    assert 0 < float(row["predicted_probability"]) <= 1
     again = predict(out, tmp_path / "labels.csv", tmp_path / "again.jsonl")  # with a column `error` of our own
     assert [(row["label"], row["predicted_label"]) for row in again] == [("gold", "足球")]
     capsys.readouterr()
