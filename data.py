@@ -1,10 +1,10 @@
-"""HC3-Chinese, or your own file: from rows to examples, to a split, to one packed batch without padding.
+"""Read HC3-Chinese or your own file, split it, and pack a batch of texts into one row without padding.
 
     python data.py                                                     # the baike subset: split and token lengths
     python data.py --data tests/sample.jsonl --model tests/tiny-qwen   # any file, any tokenizer, offline
-    python data.py --data tests/sample.jsonl --audit                   # what leaks, what shortcuts score (scikit-learn)
+    python data.py --data tests/sample.jsonl --audit                   # leaks and baselines (needs scikit-learn)
 
-The first downloads 4,617 questions and a tokenizer once; the other two take about ten seconds.
+The first downloads 4,617 questions and a tokenizer, once; each of the others takes about ten seconds.
 
 A batch is one row: its texts laid end to end, without padding. `position_ids` restart with every text, attention stays
 inside a text, and the classifier reads the hidden state of each text's last token. So there is no pad token to set,
@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import csv
 import functools
-import gc
 import hashlib
 import inspect
 import json
@@ -29,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers  # lazy: each part is imported at its first use
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import parse_flag_from_env, release_memory
 from safetensors import safe_open
 
 SUBSETS = ("baike", "open_qa", "nlpcc_dbqa", "finance", "medicine", "law", "psychology")
@@ -42,8 +41,8 @@ PROTOCOLS = ("seed", "strict")  # see split_examples
 SPLIT_SEED = 233  # the published one, and fixed: --seed changes the training but never the split
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of --mixed_precision
 MODEL_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt"]  # all we download: none of these can hold Python code
-TEXT_NAMES = ("text", "content", "sentence", "review", "文本", "内容")  # what people call the two columns
-LABEL_NAMES = ("label", "labels", "target", "intent", "标签", "类别")
+COLUMNS = {"text": ("text", "content", "sentence", "review", "文本", "内容"),  # what people call the two columns
+           "label": ("label", "labels", "target", "intent", "标签", "类别")}  # fmt: skip
 SIGNATURES = {b"PAR1": "Parquet", b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip or Excel", b"\xd0\xcf\x11\xe0": "Excel",
               b"version https://git-lfs": "a Git LFS pointer (run `git lfs pull`)"}  # fmt: skip
 TRAINER_OPTIONS = {"--num_train_epochs": "--epochs", "--per_device_train_batch_size": "--batch_size",
@@ -55,12 +54,10 @@ class InputError(ValueError):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argparse parser with one-line errors, which also knows the Trainer's names of our options."""
-
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+    """An argparse parser with one-line errors, which also recognises the Trainer's names for our options."""
 
     def format_help(self):
+        self.formatter_class = argparse.ArgumentDefaultsHelpFormatter
         return re.sub(r"\s+\(default:\s+(None|False)\)", "", super().format_help())
 
     def error(self, message):
@@ -69,12 +66,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=2**31, above=False):
-    """An argparse type: an int or a float from `low` (with `above`: greater than `low`) to `high`, and never nan."""
+    """An argparse type: an int or a float from `low` (if `above`: greater than `low`) to `high`, and never NaN."""
 
     def parse(text):
         if not low <= kind(text) <= high or (above and kind(text) == low):
-            sign = ">" if above else ">="
-            raise argparse.ArgumentTypeError(f"must be {sign} {low} and <= {high}, got {short(text)}")
+            raise argparse.ArgumentTypeError(f"must be {'>' if above else '>='} {low} and <= {high}, got {short(text)}")
         return kind(text)
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
@@ -93,7 +89,7 @@ def one_line_errors(main):
 
     def wrapped(argv=None):
         if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-            sys.stdout.reconfigure(errors="backslashreplace")  # a console or a pipe may lack some characters
+            sys.stdout.reconfigure(errors="backslashreplace")  # the console's encoding may lack some characters
         try:
             return main(argv)
         except torch.OutOfMemoryError:
@@ -103,9 +99,7 @@ def one_line_errors(main):
         except KeyboardInterrupt:
             line = "interrupted"
         finally:
-            if torch.cuda.is_initialized():  # a notebook's kernel lives on, and the GPU has other uses
-                gc.collect()
-                torch.cuda.empty_cache()
+            release_memory()  # a notebook's kernel lives on, and something else may need the GPU
         print(f"error: {line}", file=sys.stderr)  # out here, where no traceback keeps the model alive
         sys.exit(2)
 
@@ -113,7 +107,7 @@ def one_line_errors(main):
 
 
 def short(value, most=40):
-    """A value, or a library's exception with its cause, as one short line for an error message."""
+    """A value as one short line for an error message; of a library's exception, the type and text of its root cause."""
     if isinstance(value, Exception) and not isinstance(value, InputError | OSError):
         while cause := value.__cause__ or (not value.__suppress_context__ and value.__context__):
             value = cause  # the hubs' clients wrap an exception several times
@@ -122,18 +116,27 @@ def short(value, most=40):
     return words if len(words) <= most else f"{words[:most]}..."
 
 
+@contextlib.contextmanager
+def refusing(problem, kinds=Exception):
+    """Turn an exception of these kinds into an InputError that says what the problem is and, in brackets, why."""
+    try:
+        yield
+    except kinds as error:
+        raise InputError(f"{problem} ({short(error, 200)})") from None
+
+
 def write_atomically(path, content):
-    """Write `content`, bytes or a str as UTF-8, to `path`, so that the file appears whole or not at all."""
+    """Write `content` to `path` as UTF-8, so that the file appears whole or not at all."""
     temporary = Path(f"{path}.tmp")
     try:
-        temporary.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
+        temporary.write_bytes(content.encode("utf-8", "backslashreplace"))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # it is still there if the disk was full
 
 
 def choose_precision(asked="auto"):
-    """(mixed precision, why): what is asked for, else what accelerate launch says, else what suits the hardware."""
+    """(mixed precision, why): as asked, as accelerate launch says, or as suits the hardware. Raises InputError."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # a bare launch exports "no" without being asked
     gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     major, minor = torch.cuda.get_device_capability() if gpu else (0, 0)
@@ -151,10 +154,9 @@ def choose_precision(asked="auto"):
 
 
 def snapshot(hub, name, files, kind="model"):
-    """Folder with these files of a hub's repository. Raises InputError.
+    """The folder that holds these files of a repository on a hub. Raises InputError.
 
-    The client downloads what its cache lacks, which another program may have left incomplete. Without a network the
-    cache has to be complete.
+    The hub's client downloads what is missing from its cache; without a network, the cache must be complete.
     """
     options = {"repo_type": kind, "allow_patterns": files}
     try:
@@ -163,12 +165,12 @@ def snapshot(hub, name, files, kind="model"):
         else:
             from huggingface_hub import HfApi, constants, errors, snapshot_download
 
-            with contextlib.suppress(errors.HfHubHTTPError):  # any answer will do; a silent hub fails here
+            with contextlib.suppress(errors.HfHubHTTPError):  # only to time out: snapshot_download would wait for ever
                 HfApi().repo_info(name, repo_type=kind, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         return Path(snapshot_download(name, **options))
     except Exception as error:  # the clients raise a dozen types
         reason = f"{hub}: {short(error, 80)}"
-        if hub == "modelscope" and not isinstance(error, OSError):  # it may have downloaded a part
+        if hub == "modelscope" and not isinstance(error, OSError):  # offline it would give a cache that lacks files
             raise InputError(reason) from None
     try:
         return Path(snapshot_download(name, local_files_only=True, **options))
@@ -177,16 +179,16 @@ def snapshot(hub, name, files, kind="model"):
         raise InputError(f"{reason}{f', and in the cache {lacks[0]}' if lacks else ''}") from None
 
 
-@functools.cache
+@functools.cache  # with the time of the last change as part of the key; so the note below is printed once
 def text_encoding(path, modified):
-    """Encoding of a text file: UTF-8, UTF-16 with a byte-order mark, or GB18030 as Excel in China. Or InputError."""
+    """Encoding of a file: UTF-8, UTF-16 with a byte-order mark, or GB18030 (Excel in China). Raises InputError."""
     if not Path(path).is_file():  # a folder, or a pipe, which cannot be read twice
         raise InputError(f"{path} is a folder or a pipe: give a .jsonl or .csv file")
     with open(path, "rb") as file:
         start = file.read(64)
     for signature, kind in SIGNATURES.items():
         if start.startswith(signature):
-            raise InputError(f"{path} is not text but {kind}: save it as .csv or .jsonl")
+            raise InputError(f"{path} is {kind}: a .csv or .jsonl file of text is needed")
     for encoding in ["utf-16"] if start[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "gb18030"]:
         with contextlib.suppress(UnicodeError), open(path, encoding=encoding) as file:
             while file.read(2**20):
@@ -198,7 +200,7 @@ def text_encoding(path, modified):
 
 
 def read_rows(path):
-    """Yield (place, row) for a .csv or .tsv file, else for JSON: one array, or one object per line. Or InputError.
+    """Yield (place, row) from a .csv or .tsv, else from JSON: an array, or an object per line. Raises InputError.
 
     `place` says where a row stands ("line 3"). `row` is a dict, None if it is empty, or an InputError about it.
     """
@@ -212,7 +214,7 @@ def table_rows(file):
     header = file.readline()
     file.seek(0)
     rows, names, line = csv.reader(file, delimiter=max(",;\t", key=header.count), strict=True), None, 1
-    try:  # strict: else a quote that is never closed would swallow the rest of the file
+    try:
         for cells in rows:
             place, line = f"line {line}", rows.line_num + 1  # a quoted text may have several lines
             if names is None:
@@ -226,19 +228,16 @@ def table_rows(file):
                 yield place, InputError(f"{counts}: put texts that contain the separator in double quotes")
             else:
                 yield place, dict(zip(names, cells, strict=True))
-    except csv.Error as error:
-        where = f"{file.name}, the row from line {line} on"
-        raise InputError(f"{where} is not valid CSV ({error}): is a quote never closed?") from None
+    except csv.Error as error:  # not strict, it would read on from a quote that is never closed to the file's end
+        raise InputError(f"{file.name} is no valid CSV from line {line} on ({error}): is a quote not closed?") from None
 
 
 def json_rows(file):
     """The rows of one JSON array, or of one JSON object per line."""
     array = next((line for line in file if line.strip()), "").lstrip().startswith("[")
     file.seek(0)
-    try:
+    with refusing(f"{file.name} is not JSON: its array is damaged", (ValueError, RecursionError)):
         lines = map(json.dumps, json.load(file)) if array else file
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file.name} is not JSON: its array is damaged ({short(error, 80)})") from None
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line) if line.strip() else None
@@ -252,7 +251,7 @@ def json_rows(file):
 
 
 def answers_of(row):
-    """What a row holds: a list of (label, its texts, question). 1, 1.0 and "1.0" are the label "1". Or InputError."""
+    """A row as a list of (label, texts, question); 1, 1.0 and "1.0" all are the label "1". Raises InputError."""
     if isinstance(row, InputError):
         raise row
     if "text" in row and "label" in row:
@@ -265,11 +264,10 @@ def answers_of(row):
     elif all(field in row for field in FIELDS):
         found = [(label, row[f"{label}_answers"] or [], row["question"]) for label in LABELS]
     else:
-        named = [[name for name in row if name.strip().lower() in names] for names in (TEXT_NAMES, LABEL_NAMES)]
+        named = {column: [name for name in row if name.strip().lower() in COLUMNS[column]] for column in COLUMNS}
         advice = f"is there a header, and are the columns called text and label (HC3: {', '.join(FIELDS)})?"
-        if [len(names) for names in named] == [1, 1]:
-            renamed = zip(named, ("text", "label"), strict=True)
-            advice = f"rename {' and '.join(f'{name} to {column}' for [name], column in renamed if name != column)}"
+        if [len(names) for names in named.values()] == [1, 1]:
+            advice = "rename " + " and ".join(f"{name} to {new}" for new, [name] in named.items() if name != new)
         raise InputError(f"has the columns {short(', '.join(map(repr, row)) or 'none', 80)}: {advice}")
     for _, texts, question in found:
         if not isinstance(texts, list) or not all(isinstance(text, str | None) for text in texts):
@@ -280,7 +278,7 @@ def answers_of(row):
 
 
 def normalise(text):
-    """NFC, with each literal backslash-n and each run of white space as one space, and none at the ends.
+    """NFC, with each run of white space and literal backslash-n's as one space, and none at the ends.
 
     In HC3 such marks betray the class: a literal backslash-n stands in 91 % of medicine's ChatGPT answers and in no
     human one. The strict protocol applies this to every text, in training and afterwards.
@@ -292,7 +290,7 @@ def load_examples(sources, hub="huggingface", protocol="seed", labels=None):
     """(examples, class names): the texts of HC3-Chinese subsets ("all": each of them) and of files, in order.
 
     An example is a dict: `text`, `label` (a name), `question`, `source`, `hc3` (whether it is HC3's) and `row`, which
-    the two answers to a question share. Of several answers the first that is not empty counts. `labels`: the names
+    the two answers to a question share. Of several answers the first that is not empty is used. `labels`: the names
     that may occur, if they are known. Raises InputError.
     """
     examples, paths = [], {}
@@ -337,9 +335,9 @@ def fetch_subset(name, hub):
 
 
 def class_names(examples, known=None):
-    """The labels of examples: HC3's if there are no others, else all, sorted. Takes the space around labels away.
+    """The class names: HC3's two if there are no other labels, else all labels, sorted. Strips them in `examples`.
 
-    Raises InputError on labels that differ in case or space only, and on labels that are not `known`.
+    Raises InputError on labels that differ only in case or white space, and on labels that are not `known`.
     """
     spellings = {}
     for label in sorted({example["label"] for example in examples}):
@@ -360,19 +358,13 @@ def class_names(examples, known=None):
     return tuple(sorted(sorted(names), key=int if all(name.isdecimal() for name in names) else None))
 
 
-def part_of(question):
-    """The part of a question under the strict protocol: sha256 mod 10 is 0: test, 1: validation, else train."""
-    digit = int(hashlib.sha256(question.encode("utf-8")).hexdigest(), 16) % 10
-    return {0: "test", 1: "validation"}.get(digit, "train")
-
-
 def split_examples(examples, protocol="seed", labels=LABELS):
-    """{"train": examples, "validation": ..., "test": ...}. Raises InputError if there is too little of something.
+    """{"train": examples, "validation": ..., "test": ...}. Raises InputError if a part, or a class in train, is empty.
 
-    seed: the published protocol for HC3: 5,000 texts (or all there are) drawn with seed 233, then 8:1:1 by texts, so
-    that the two answers to a question may stand in different parts. Your own task: all texts, 8:1:1 of each class.
-    strict: whole questions by `part_of`; of texts that occur in several parts only the copies in the part furthest
-    from training stay, so that no test text was trained on.
+    seed: for HC3 the published protocol: 5,000 texts (or all there are) drawn with seed 233, then 8:1:1 by texts, so
+    that the two answers to a question may end up in different parts. For your own task all texts, 8:1:1 of each class.
+    strict: whole questions by their SHA-256 mod 10 (0: test, 1: validation, else train); of a text in several parts
+    only the copies in the part furthest from training stay, so that no test text was trained on.
     Files called train, validation (valid, val, dev) and test that are given together are these parts, whatever the
     protocol; a part that is not given is drawn from train.
     """
@@ -385,14 +377,14 @@ def split_examples(examples, protocol="seed", labels=LABELS):
     part = {i: FILE_PARTS[example["source"].lower()] if named else "train" for i, example in enumerate(examples)}
     pool, absent, drawn = [i for i in part if part[i] == "train"], set(PARTS) - set(part.values()), {}
     if protocol == "strict":
-        drawn = {i: part_of(examples[i]["question"]) for i in pool}
+        digits = {i: int(hashlib.sha256(examples[i]["question"].encode()).hexdigest(), 16) % 10 for i in pool}
+        drawn = {i: {0: "test", 1: "validation"}.get(digit, "train") for i, digit in digits.items()}
     elif all(example["hc3"] for example in examples) and not named:
-        import datasets  # its seeded permutations are the protocol
+        import datasets  # the published split consists of its seeded permutations
 
         rows = datasets.Dataset.from_dict({"row": pool}).shuffle(seed=SPLIT_SEED)
         rows = rows.select(range(min(5000, len(rows)))).train_test_split(train_size=0.8, seed=SPLIT_SEED)
-        held_out = rows["test"].train_test_split(train_size=0.5, seed=SPLIT_SEED)
-        rows = {"train": rows["train"], "validation": held_out["train"], "test": held_out["test"]}
+        rows["validation"], rows["test"] = rows["test"].train_test_split(train_size=0.5, seed=SPLIT_SEED).values()
         part = {row: name for name in PARTS for row in rows[name]["row"]}
     else:
         rng = np.random.default_rng(SPLIT_SEED)
@@ -407,14 +399,14 @@ def split_examples(examples, protocol="seed", labels=LABELS):
             parts[name] = [example for example in parts[name] if example["text"] not in seen]
             seen |= {example["text"] for example in parts[name]}
     if empty := [name for name in PARTS if not parts[name]]:
-        raise InputError(f"the {empty[0]} part of these {len(examples)} texts is empty: more questions are needed")
+        raise InputError(f"the {empty[0]} part of these {len(examples)} texts is empty: give more questions or texts")
     if lacking := sorted(set(labels) - {example["label"] for example in parts["train"]}):
         raise InputError(f"the training part has no text with the label {lacking[0]}: more texts are needed")
     return parts
 
 
 def leaks(parts):
-    """(test texts whose question is also in train, test texts that are exact copies of a training text)."""
+    """How many test texts answer a question that is in train as well, and how many are copies of a training text."""
     trained = {field: {example[field] for example in parts["train"]} for field in ("question", "text")}
     return tuple(sum(example[field] in trained[field] for example in parts["test"]) for field in trained)
 
@@ -427,13 +419,13 @@ def print_parts(parts, labels, odd=None):
         note = note_of((odd or {}).get(name, {}), "; ")
         print(f"【data_{'val' if name == 'validation' else name}】 num_rows: {len(examples)} ({classes}){note}")
         if absent := [label for label in labels if not count[label]]:
-            print(f"the {name} part has no text of the class {', '.join(absent)}: its figures say nothing about it")
+            print(f"the {name} part has no text of the class {', '.join(absent)}: it says nothing about that class")
     asked, copied = leaks(parts)
     print(f"of the test texts, {asked} answer a question of the training part, {copied} are copies of a training text")
 
 
 def hash_examples(examples, labels):
-    """SHA-256 (hex) of the texts and classes of a part, in order: whether two runs saw the same data."""
+    """SHA-256 (hex) of a part's texts and classes, in order; it is equal if two runs saw the same data."""
     rows = (json.dumps([example["text"], labels.index(example["label"])]) for example in examples)
     return hashlib.sha256("".join(rows).encode()).hexdigest()
 
@@ -461,7 +453,7 @@ def check_model_files(folder):
     except Exception as error:
         problem = f"is missing, damaged, cut off or a Git LFS pointer ({short(error, 100)})"
         raise InputError(f"{folder}/{name} {problem}: download it again") from None
-    # A stranger's config could make transformers run or fetch code, or build 10**9 layers. GPTQ and AWQ need code too.
+    # A stranger's config could make transformers run or fetch code, or build 10**9 layers; GPTQ needs more packages.
     outside = r'"(auto_map|quantization_config|\w*_implementation\w*)": (?!null|"eager"|"sdpa")'
     asks = re.search(outside, json.dumps(config))
     if asks or too_many:
@@ -470,51 +462,44 @@ def check_model_files(folder):
 
 
 def fetch_model(name, hub="huggingface", weights=True):
-    """Folder of a model: a local folder, else the hub's snapshot; without `weights` a tokenizer will do. InputError."""
+    """Folder of a model, local or from the hub. `weights=False`: a tokenizer is enough. Raises InputError."""
     folder = Path(name)
     if not name or not folder.is_dir():
-        try:
+        other = next(other for other in REPOSITORIES if other != hub)
+        with refusing(f"cannot load {short(name)!r}, not a local folder: give one as --model, or try --hub {other}"):
             folder = snapshot(hub, name, MODEL_FILES)
-        except InputError as error:
-            other = next(other for other in REPOSITORIES if other != hub)
-            advice = f"{error}. Give a local folder as --model, or try --hub {other}"
-            raise InputError(f"cannot load the model {short(name)!r}, which is not a local folder: {advice}") from None
     if weights:
         check_model_files(folder)
     return folder
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a model, with a pad token (eos, as Qwen1.5 has it) for those who pad. Raises InputError."""
-    try:
+    """The tokenizer of a model; if it has no pad token, eos becomes it, for those who pad. Raises InputError."""
+    with refusing(f"cannot load a tokenizer from {folder}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes one without any file
             raise InputError("tokenizer.json is missing")
-    except Exception as error:  # the loaders raise a dozen types for as many kinds of unusable folders
-        raise InputError(f"cannot load a tokenizer from {folder} ({short(error, 120)})") from None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 
 def load_model(auto_class, folder, dtype=torch.float32, new_head=None, **config):
-    """A transformers model in `dtype`, from safetensors only and without any code of the model's. Raises InputError.
+    """A transformers model in `dtype`, from safetensors only; no code from its folder is run. Raises InputError.
 
-    `new_head`: the seed with which the weights outside the backbone are drawn, for a folder that holds a language
-    model; if None, every weight must be there. `config`: entries of the model's configuration.
+    `new_head`: the seed for drawing the weights outside the backbone, if the folder holds a language model; None:
+    every weight must be there. `config`: entries of the model's configuration.
     """
     torch.manual_seed(new_head or 0)
     transformers.logging.set_verbosity_error()  # "newly initialized" is meant for those who forgot to train
     transformers.logging.disable_progress_bar()
     options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-    try:
+    with refusing(f"cannot load a model from {folder}"):
         model, info = auto_class.from_pretrained(folder, ignore_mismatched_sizes=True, **options, **config)
-    except Exception as error:
-        raise InputError(f"cannot load a model from {folder} ({short(error, 120)})") from None
     backbone = f"{model.base_model_prefix}."
     missing = sorted(key for key in info["missing_keys"] if new_head is None or key.startswith(backbone))
     if missing or info["mismatched_keys"]:
-        problem = f"lacks {missing[0]}" if missing else f"has another size of {min(info['mismatched_keys'])[0]}"
-        raise InputError(f"{folder} is incomplete: model.safetensors {problem}, which config.json asks for")
+        problem = f"lacks {missing[0]}" if missing else f"has another size for {min(info['mismatched_keys'])[0]}"
+        raise InputError(f"{folder} is incomplete or mixed up: compared with config.json, model.safetensors {problem}")
     return model
 
 
@@ -531,8 +516,8 @@ def load_classifier(folder, tokenizer, labels, dtype=torch.float32, new_head=Non
 def tokenize(tokenizer, texts, max_length=512):
     """Token ids of each text (list of lists of int), cut at `max_length` tokens (0: not cut), and a Counter.
 
-    The Counter has the texts that are shorter than five tokens, or are cut. Strings such as `<|im_end|>` in a text are
-    text: they give ordinary tokens. A text without any token becomes one eos token, so that it has a last token.
+    The Counter counts the texts shorter than five tokens and those that are cut. Strings such as `<|im_end|>` in a
+    text are plain text and give ordinary tokens. A text without any token becomes one eos token, its last token.
     """
     options = {"split_special_tokens": True, "return_attention_mask": False, "verbose": False}
     token_ids = tokenizer(list(texts), **options)["input_ids"] if texts else []
@@ -542,7 +527,7 @@ def tokenize(tokenizer, texts, max_length=512):
 
 
 def note_of(odd, before=""):
-    """What to print about the Counter of `tokenize`, after `before`; "" if no text is odd."""
+    """The Counter of `tokenize` in words, with `before` in front of them; "" if no text is odd."""
     note = " and ".join(f"{n} are {what}" for what, n in odd.items() if n)
     return note and before + note
 
@@ -550,9 +535,8 @@ def note_of(odd, before=""):
 def pack(token_ids, device="cpu"):
     """One row of several texts: the keyword arguments of `PackedClassifier.forward`.
 
-    `token_ids`: list of n lists of int, T tokens in all. Returns `input_ids` and `position_ids`, int64 (1, T);
-    `cu_seqlens`, int32 (n + 1,), the texts' boundaries in the row: 0, ..., T; and `lengths`, a tuple of n int, which
-    is no tensor, so that cutting the row apart does not wait for the GPU.
+    `token_ids`: n lists of int, T tokens in all. `cu_seqlens`: the texts' boundaries in the row, 0, ..., T. `lengths`
+    is a tuple of int and not a tensor, so that cutting the row apart does not wait for the GPU.
     """
     lengths = tuple(map(len, token_ids))
     row = {
@@ -564,7 +548,7 @@ def pack(token_ids, device="cpu"):
 
 
 def to_device(tensor, device):
-    """The tensor on the device, without waiting for it: the CPU builds a batch while the GPU works on the last one."""
+    """The tensor on the device, without waiting for it: the CPU builds a batch while the GPU has the one before."""
     pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
     return pinned.to(device, non_blocking=True)
 
@@ -638,7 +622,7 @@ class PackedClassifier(torch.nn.Module):
 
 
 def save_predictions(path, examples, predictions, scores=()):
-    """One JSON line per text, for `evaluate.py --compare`. `predictions`: class names or None; `scores`: more fields"""
+    """Write a JSON line per text, for `evaluate.py --compare`. A prediction may be None; `scores` are more fields."""
     lines = []
     for example, prediction, more in zip(examples, predictions, scores or [{}] * len(examples), strict=True):
         line = {"text_sha256": hashlib.sha256(example["text"].encode()).hexdigest(), "prediction": prediction, **more}
@@ -649,35 +633,31 @@ def save_predictions(path, examples, predictions, scores=()):
 
 def add_options(parser, model="Qwen/Qwen1.5-0.5B", split=True):
     """The options that the scripts share, each with its default."""
-    sources = 'HC3 subset names, "all", or .jsonl, .csv and .json files (HC3 fields, or text and label)'
-    parser.add_argument("--data", nargs="+", default=["baike"], metavar="SOURCE", help=sources)
-    parser.add_argument("--model", default=model, help="hub id or local folder of the base model")
-    hubs = "hub to ask first (the data can come from either)"
-    parser.add_argument("--hub", choices=REPOSITORIES, default="huggingface", help=hubs)
+    add = parser.add_argument
+    sources = 'HC3 subset names, "all", or .csv, .tsv, .jsonl and .json files (text and label, or HC3 fields)'
+    add("--data", nargs="+", default=["baike"], metavar="SOURCE", help=sources)
+    add("--model", default=model, help="hub id or local folder of the base model")
+    add("--hub", choices=REPOSITORIES, default="huggingface", help="hub of the model; asked first for the data too")
     if split:
-        protocols = "seed: the published random row split; strict: split by question, text normalised"
-        parser.add_argument("--protocol", choices=PROTOCOLS, default="seed", help=protocols)
-        cut = "truncate texts to N tokens (0: no truncation)"
-        parser.add_argument("--max_length", type=number(int, 0), default=512, metavar="N", help=cut)
+        protocols = "seed: the published random split by texts; strict: split by questions, texts normalised"
+        add("--protocol", choices=PROTOCOLS, default="seed", help=protocols)
+        add("--max_length", type=number(int, 0), default=512, metavar="N", help="truncate texts to N tokens (0: never)")
 
 
 def audit(args):
     """Print, for both protocols, what leaks and what shortcuts alone score on the test part. Needs scikit-learn."""
-    try:
+    with refusing("--audit needs scikit-learn: pip install scikit-learn", ImportError):
         from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import FunctionTransformer, MaxAbsScaler
         from sklearn.tree import DecisionTreeClassifier
-    except ImportError:
-        raise InputError("--audit needs scikit-learn: pip install scikit-learn") from None
     length = FunctionTransformer(lambda texts: [[len(text)] for text in texts])
-    marks = FunctionTransformer(lambda texts: [re.sub(r"[^\W_]", "", text) for text in texts])  # no letters or digits
-    counts = make_pipeline(marks, CountVectorizer(analyzer="char", ngram_range=(1, 2)), MaxAbsScaler())
+    counts = CountVectorizer(preprocessor=lambda text: re.sub(r"[^\W_]", "", text), analyzer="char", ngram_range=(1, 2))
     ngrams = TfidfVectorizer(analyzer="char", ngram_range=(1, 3), min_df=2, sublinear_tf=True)
-    rules = {  # each with the settings of which the best on the validation part is scored
+    rules = {  # of several candidates, the one that is best on the validation part is scored
         "length": [make_pipeline(length, DecisionTreeClassifier(max_leaf_nodes=8))],
-        "white space and punctuation": [make_pipeline(counts, LogisticRegression(max_iter=2000))],
+        "white space and punctuation": [make_pipeline(counts, MaxAbsScaler(), LogisticRegression(max_iter=2000))],
         "character 1-3-grams": [make_pipeline(ngrams, LogisticRegression(C=c, max_iter=1000)) for c in (1, 10, 100)],
     }
     facts = ("texts in train / test", "test texts whose question is in train", "test texts that are copies of train's")
@@ -690,10 +670,8 @@ def audit(args):
         largest = max(map(true["test"].count, labels)) / len(true["test"])
         columns.append([protocol, f"{len(texts['train'])} / {len(texts['test'])}", *leaks(parts), f"{largest:.3f}"])
         for rule, candidates in rules.items():
-            try:
+            with refusing(f"--audit cannot learn from the {rule} of these texts", ValueError):  # such as no punctuation
                 fitted = [candidate.fit(texts["train"], true["train"]) for candidate in candidates]
-            except ValueError as error:  # such as no punctuation anywhere
-                raise InputError(f"--audit cannot learn from the {rule} of these texts ({short(error, 80)})") from None
             best = max(fitted, key=lambda model: model.score(texts["validation"], true["validation"]))
             columns[-1].append(f"{best.score(texts['test'], true['test']):.3f}")
             name = f"predictions-{protocol}-{rule.split()[-1]}.jsonl"
@@ -710,7 +688,7 @@ def audit(args):
 def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
-    parser.add_argument("--audit", action="store_true", help="show what leaks and what shortcuts score (scikit-learn)")
+    parser.add_argument("--audit", action="store_true", help="show leaks and what shortcuts score; needs scikit-learn")
     parser.add_argument("--output_dir", type=folder, default=Path("out/audit"), help="folder for --audit's predictions")
     return parser.parse_args(argv)
 

@@ -51,7 +51,7 @@ def parse_args(argv=None):
     one = parser.add_mutually_exclusive_group().add_argument
     one("--text", help="print label and probability of this text")
     one("--example", type=data.number(int, 0), metavar="N", help="print text N of the part and its prediction")
-    one("--predict", metavar="FILE", help="label every row of this file (it needs a column text) into --output")
+    one("--predict", metavar="FILE", help="label every row of this file, by its column text; write --output")
     one("--merge", type=data.folder, metavar="FOLDER", help="write adapter and base as one plain transformers model")
     add("--output", type=Path, metavar="FILE", help="the .csv or .jsonl file that --predict writes")
     add("--compare", nargs="+", metavar="FILE", help="compare predictions-*.jsonl files about the same texts")
@@ -76,7 +76,7 @@ def read_run(ckpt):
         unfinished = Path(ckpt, "metrics.jsonl").is_file()
         hint = "its run has not finished, --resume continues it" if unfinished else "it was not written by train.py"
         raise InputError(f"{short(ckpt, 80)} holds no finished run (no run.json: {hint})")
-    try:
+    with data.refusing(f"{path} is damaged: take another copy of the checkpoint"):
         run = {"temperature": 1.0, "threshold": None, **json.loads(path.read_text(encoding="utf-8"))}
         arguments, split, targets = run["arguments"], run["split"], run["arguments"].get("lora_targets")
         numbers = [run["max_length"]] + [arguments[name] for name in ("lora_r", "lora_alpha") if run["lora"]]
@@ -91,16 +91,13 @@ def read_run(ckpt):
             "temperature": 0 < run["temperature"] < math.inf,
             "threshold": run["threshold"] is None or 0 <= run["threshold"] <= 1,
         }
-        wrong = ", ".join(name for name, fine in sound.items() if not fine)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        wrong = short(error, 80)
-    if wrong:
-        raise InputError(f"{path} is damaged ({wrong}): take another copy of the checkpoint")
+        if wrong := [name for name, fine in sound.items() if not fine]:
+            raise InputError(f"wrong: {', '.join(wrong)}")
     return run
 
 
 def add_lora(model, arguments):
-    """The model with new LoRA layers and a trainable head, which PEFT wraps. `arguments`: train.py's, a dict.
+    """The model, wrapped by PEFT, with new LoRA layers and a trainable head. `arguments`: a dict of train.py's.
 
     Raises InputError on a target that names no layer; PEFT silently ignores one as long as another target does.
     """
@@ -134,34 +131,28 @@ def load_checkpoint(ckpt, run, dtype=torch.float32, device="cpu", model=None, hu
         tokenizer = data.load_tokenizer(ckpt)
         from peft import set_peft_model_state_dict
 
-        try:
+        with data.refusing(f"{ckpt}/adapter_model.safetensors is incomplete or damaged"):
             weights = safetensors.torch.load_file(Path(ckpt, "adapter_model.safetensors"))
             ranks = {tensor.shape[0] for key, tensor in weights.items() if key.endswith("lora_A.weight")}
             if ranks != {run["arguments"]["lora_r"]}:  # before anything of a stranger's size is allocated
-                raise ValueError("their rank is not that of run.json")
-        except Exception as error:
-            raise InputError(f"{ckpt}/adapter_model.safetensors is incomplete ({short(error, 120)})") from None
-        try:
+                raise InputError("its rank is not the one in run.json")
+        with data.refusing("the adapter's base model cannot be loaded: give it with --model", InputError):
             folder = data.fetch_model(name, hub or run["hub"])
             classifier = data.load_classifier(folder, tokenizer, run["labels"], new_head=0)
-        except InputError as error:
-            raise InputError(f"the adapter's base model: {error}. Give it with --model") from None
-        try:
+        with data.refusing(f"the adapter in {ckpt} does not fit the base {name}"):
             adapted = add_lora(classifier, run["arguments"])
             loaded = set_peft_model_state_dict(adapted, weights)
             trained = {key for key, parameter in adapted.named_parameters() if parameter.requires_grad}
             if differ := sorted({*loaded.unexpected_keys, *(trained & set(loaded.missing_keys))}):
-                raise ValueError(f"only one of the two has {differ[0]}")
-        except Exception as error:
-            raise InputError(f"the adapter in {ckpt} does not fit the base {name} ({short(error, 120)})") from None
+                raise InputError(f"only one of the two has {differ[0]}")
         classifier = adapted.merge_and_unload()
-    for parameter in classifier.parameters():  # and no buffers: in bf16 the angles of RoPE would be off by radians
+    for parameter in classifier.parameters():  # but no buffers: bf16 would spoil RoPE's angles at late positions
         parameter.data = parameter.data.to(dtype)
     return data.PackedClassifier(classifier.to(device)).eval(), tokenizer
 
 
 def save_model(folder, model, tokenizer, max_length):
-    """Save a transformers model, or PEFT's adapter, and the tokenizer as a plain folder."""
+    """Save a transformers model or a PEFT adapter, with the tokenizer, as those libraries load it."""
     if hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict
 
@@ -171,62 +162,52 @@ def save_model(folder, model, tokenizer, max_length):
         model.peft_config["default"].inference_mode = True
         model.peft_config["default"].save_pretrained(folder)
     else:
+        if theta := (getattr(model.config, "rope_parameters", None) or {}).get("rope_theta"):
+            model.config.rope_theta = theta  # else transformers 4 takes its default, 10,000
         model.save_pretrained(folder)
-        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-        rope = config.get("rope_parameters") or {}
-        config |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}  # else transformers 4 reads 10,000
-        data.write_atomically(Path(folder, "config.json"), json.dumps(config, indent=1))
     tokenizer.model_max_length = max_length or tokenizer.model_max_length  # for pipeline(..., truncation=True)
     tokenizer.save_pretrained(folder)
 
 
 @torch.inference_mode()
 def predict(model, token_ids, description=None, process=0, processes=1):
-    """Logits of each text, float32 (n, classes) in numpy, in order; each text is scored exactly once.
+    """Logits of the texts, in order: a numpy array, float32 (n, classes).
 
-    `description`: of the progress bar; without one there is none. Of several processes, p scores the rows p,
-    p + processes, ...; all run the model equally often, as DDP wants, and all get the whole result. The rows, and so
-    the logits, do not depend on the number of processes.
+    `description`: of the progress bar; None: no bar. Of several processes, number p scores rows p, p + processes, ...;
+    all run the model equally often, as DDP requires, and all get the whole result. The rows, and so the logits, do not
+    depend on the number of processes.
     """
     device = next(model.parameters()).device
     ends = np.cumsum([len(ids) for ids in token_ids]) // (16384 if device.type == "cuda" else 1024)  # tokens in a row
     rows = [list(row) for _, row in itertools.groupby(range(len(token_ids)), key=lambda index: ends[index])]
-    scored, was_training = [], model.training
+    scored, was_training = {}, model.training
     model.eval()
     # position 0: over train.py's bar and not under it, because a notebook ignores the cursor-up code.
-    bar = tqdm(total=len(rows), desc=description, leave=False, position=0, disable=process > 0 or description is None)
-    for first in range(0, len(rows), processes):
-        row = rows[min(first + process, len(rows) - 1)]
-        logits = model(**data.pack([token_ids[index] for index in row], device))
-        if first + process < len(rows):
-            scored.append((row, logits))
-        bar.update(processes)
-    bar.close()
+    options = {"leave": False, "position": 0, "disable": process > 0 or description is None}
+    for first in tqdm(range(0, len(rows), processes), description, **options):
+        k = min(first + process, len(rows) - 1)  # without a row of its own a process runs the last one once more
+        scored[k] = model(**data.pack([token_ids[index] for index in rows[k]], device))
     model.train(was_training)
-    scored = [(row, logits.cpu().numpy()) for row, logits in scored]
-    scored = gather_object(scored) if processes > 1 else scored
-    order = [index for row, _ in scored for index in row]
-    assert sorted(order) == list(range(len(token_ids))), "every text must be scored exactly once"
-    return np.concatenate([logits for _, logits in scored])[np.argsort(order)]
+    scored = [(k, logits.cpu().numpy()) for k, logits in scored.items()]
+    scored = dict(gather_object(scored) if processes > 1 else scored)
+    return np.concatenate([scored[k] for k in range(len(rows))])
 
 
 def softmax(logits):
     """Probabilities, float64 (n, classes), of logits (n, classes)."""
-    shifted = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
-    return shifted / shifted.sum(1, keepdims=True)
+    return torch.tensor(logits, dtype=torch.float64).softmax(1).numpy()
 
 
 def negative_log_likelihood(classes, logits):
     """Mean cross-entropy in nats of logits (n, classes) at the true `classes`, int (n,)."""
-    probability = softmax(logits)[np.arange(len(classes)), classes]
-    return float(-np.log(np.maximum(probability, 1e-300)).mean())
+    return torch.nn.functional.cross_entropy(torch.tensor(logits, dtype=torch.float64), torch.tensor(classes)).item()
 
 
 def bootstrap_interval(values, groups, draws=2000):
     """95 % percentile interval of the mean of `values` (n,), whole groups (questions) resampled with replacement.
 
     Two answers to one question are not independent, so questions are drawn and not texts (Efron and Tibshirani, 1993).
-    If all values are true, or none is, this is the exact binomial interval for so many questions.
+    If all values are true, or none is, this is the exact binomial interval for that many questions.
     """
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     total, size = np.bincount(group, values), np.bincount(group)
@@ -247,7 +228,7 @@ def auroc(positive, scores):
 
 
 def reliability(classes, probabilities, bins=15):
-    """Per bin of confidence, of equal widths: (texts, mean confidence, accuracy), arrays (bins,) with 0 if empty."""
+    """(texts, mean confidence, accuracy) in bins of confidence of equal width: arrays (bins,), 0 for an empty bin."""
     confidence, right = probabilities.max(1), probabilities.argmax(1) == classes
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
     texts = np.bincount(bin_of, minlength=bins)
@@ -277,7 +258,7 @@ def fit_calibration(classes, logits):
 
 
 def metrics(classes, logits, questions, lengths, names=data.LABELS, temperature=1.0, threshold=None):
-    """The figures of eval-<name>.json for n texts, under plain names; None for a class that none of them has.
+    """The figures of eval-<name>.json for n texts; a class without a text has None as precision, recall and F1.
 
     `classes` int (n,), `logits` (n, classes); the interval resamples `questions` (n,); `lengths` (n,) in tokens;
     `names` of the classes. Of two classes the second is the positive one.
@@ -319,49 +300,37 @@ def metrics(classes, logits, questions, lengths, names=data.LABELS, temperature=
 
 def mcnemar(wins, losses):
     """McNemar's exact two-sided p; `wins`, `losses`: texts that only the first, or only the second, run gets right."""
-    n, tail, term = wins + losses, 1, 1
-    for k in range(1, min(wins, losses) + 1):  # the sum of the first binomial coefficients of n
-        term = term * (n - k + 1) // k
-        tail += term
-    return min(1.0, 2 * tail / 2**n)
+    n, ks = wins + losses, range(1, min(wins, losses) + 1)
+    binomials = itertools.accumulate(ks, lambda binomial, k: binomial * (n - k + 1) // k, initial=1)
+    return min(1.0, 2 * sum(binomials) / 2**n)
 
 
 def compare(paths):
-    """A dict for each pair of prediction files: accuracies, their difference with interval, discordant counts, p.
+    """Print, for each pair of prediction files, accuracies, their difference with interval, McNemar's p; return them.
 
     Raises InputError if the files are not about the same texts.
     """
     runs, table = [], []
     for path in paths:
-        try:
+        with data.refusing(f"{path} is not a predictions file", (ValueError, KeyError, TypeError, RecursionError)):
             lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
             right = np.array([line["label"] == line["prediction"] for line in lines])
             texts = [(line["text_sha256"], line["label"], str(line["question"])) for line in lines]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"{path} is not a predictions file ({short(error, 80)})") from None
         if not texts or (runs and texts != runs[0][1]):
             raise InputError(f"{paths[0]} and {path} are not predictions about the same texts in the same order")
         runs.append((path, texts, right))
     for (first, texts, right), (second, _, other_right) in itertools.combinations(runs, 2):
         questions = [question for _, _, question in texts]
         wins, losses = int((right & ~other_right).sum()), int((other_right & ~right).sum())
-        interval = bootstrap_interval(right.astype(float) - other_right, questions)
-        table.append({"first": first, "second": second, "n": len(texts), "p": mcnemar(wins, losses)})
-        table[-1] |= {"accuracies": [float(right.mean()), float(other_right.mean())], "interval": interval}
-        table[-1] |= {"difference": float(right.mean() - other_right.mean())}
-        table[-1] |= {"only_first_right": wins, "only_second_right": losses}
+        difference, p = right.mean() - other_right.mean(), mcnemar(wins, losses)
+        low, high = bootstrap_interval(right.astype(float) - other_right, questions)
+        for path, accuracy, only in ((first, right.mean(), wins), (second, other_right.mean(), losses)):
+            print(f"{accuracy:.4f}  {path}  ({len(texts)} texts, {only} of them correct only in this run)")
+        print(f"difference {difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}, McNemar p {p:.3g}\n")
+        row = {"difference": difference, "interval": [low, high], "p": p}
+        row |= {"accuracies": [right.mean(), other_right.mean()]}
+        table.append(row | {"only_first_right": wins, "only_second_right": losses})
     return table
-
-
-def print_comparison(table):
-    """Print what `compare` found."""
-    for row in table:
-        for side, accuracy in zip(("first", "second"), row["accuracies"], strict=True):
-            only = row[f"only_{side}_right"]
-            print(f"{accuracy:.4f}  {row[side]}  ({row['n']} texts, {only} of them correct only in this run)")
-        low, high = row["interval"]
-        print(f"difference {row['difference']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}", end="")
-        print(f", McNemar p {row['p']:.3g}\n")
 
 
 def print_report(result):
@@ -410,22 +379,21 @@ def plot_report(path, title, result, classes, logits):
             title += "\nclass names need a Chinese font: apt install fonts-noto-cjk"
         figure.suptitle(title, fontsize=10)
         matrix.imshow(confusion, cmap="Blues")
-        for (i, j), count in np.ndenumerate(confusion):
-            color = "white" if count > confusion.max() / 2 else "black"
-            matrix.text(j, i, count, ha="center", va="center", color=color)
+        for (i, j), n in np.ndenumerate(confusion):
+            matrix.text(j, i, n, ha="center", va="center", color="white" if n > confusion.max() / 2 else "black")
         matrix.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names)
         matrix.set(xlabel="predicted", ylabel="true", title="number of texts")
         texts, confidence, accuracy = reliability(classes, softmax(logits / result["temperature"]))
         calibration.plot([0, 1], [0, 1], ":", color="grey")
         calibration.plot(confidence[texts > 0], accuracy[texts > 0], "o-", markersize=4)
         for k in np.flatnonzero(texts):
-            place = {"xytext": (0, -12), "textcoords": "offset points", "size": 7, "ha": "center"}
-            calibration.annotate(str(texts[k]), (confidence[k], accuracy[k]), **place)
+            calibration.text(confidence[k], accuracy[k] - 0.04, texts[k], size=7, ha="center", va="top")
         calibration.set(xlim=(1 / len(names) - 0.03, 1.04), ylim=(-0.1, 1.05), title="reliability (texts per bin)")
         calibration.set(xlabel="confidence, calibrated", ylabel="accuracy")
         bars = by_length.bar([f"{row['tokens_from']}+" for row in rows], [row["accuracy"] for row in rows])
         by_length.bar_label(bars, [f"{row['accuracy']:.3f}\n({row['n']})" for row in rows], fontsize=7, padding=-22)
         lowest = min(row["accuracy"] for row in rows)
+        by_length.tick_params(axis="x", labelsize=8)
         by_length.set(ylim=(max(0, lowest - 0.15), 1.005), xlabel="tokens", title="accuracy by length (texts)")
         figure.savefig(path, dpi=110)
 
@@ -498,13 +466,12 @@ def rows_to_label(source):
     """The rows of a file, None for an empty one; a row without a text gets the field `error`, which says why."""
     for place, row in data.read_rows(source):
         if isinstance(row, InputError):
-            yield {"error": f"{place} {row}"}
-        elif row is None:
-            yield None
-        else:
-            fine = isinstance(row.get("text"), str) and row["text"].strip()
-            row = {name: value for name, value in row.items() if name != "error"}  # such as in an output of ours
-            yield row if fine else row | {"error": f"{place} has no text"}
+            row = {"error": f"{place} {row}"}
+        elif row is not None:
+            row.pop("error", None)  # which a file that we wrote may have
+            if not isinstance(row.get("text"), str) or not row["text"].strip():
+                row["error"] = f"{place} has no text"
+        yield row
 
 
 def label_file(args, load):
@@ -529,7 +496,7 @@ def label_file(args, load):
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(partial, "a+b") as file, tqdm(total=total, desc="predict", unit=" rows") as bar:
         file.seek(0)
-        done, odd = sum(line.endswith(b"\n") for line in file) // CHUNK * CHUNK, Counter()  # whole chunks: equal rows
+        done, odd = sum(line.endswith(b"\n") for line in file) // CHUNK * CHUNK, Counter()  # whole chunks only
         file.seek(0)
         file.truncate(sum(len(line) for line in itertools.islice(file, done)))
         bar.update(done)
@@ -564,7 +531,7 @@ CARD = """---
 base_model: {model}
 pipeline_tag: text-classification
 ---
-A text classifier for {labels}: {model}, fine-tuned with LoRA on {data} ({protocol} protocol) and merged.
+A text classifier for {labels}: {model}, fine-tuned with LoRA on {data} ({split[protocol]} protocol) and merged.
 Validation accuracy {accuracy:.4f}{test}. The licences of the base model and the data apply (HC3-Chinese: CC BY-SA 4.0).
 
 ```python
@@ -592,28 +559,28 @@ def merge(args, run):
             result = json.loads(Path(args.ckpt, "eval-test.json").read_text(encoding="utf-8"))
             low, high = result["accuracy_interval"]
             test = f", test accuracy {result['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f})"
-        protocol, names, sources = run["split"]["protocol"], ", ".join(run["labels"]), ", ".join(run["data"])
-        test += ". Apply data.normalise to your texts first" if protocol == "strict" else ""
-        facts = run | run["validation"] | {"protocol": protocol, "labels": names, "data": sources, "test": test}
+        test += ". Apply data.normalise to your texts first" if run["split"]["protocol"] == "strict" else ""
+        facts = {name: ", ".join(run[name]) for name in ("labels", "data")} | {"test": test}
         args.merge.mkdir(parents=True, exist_ok=True)
         save_model(args.merge, model.model, tokenizer, run["max_length"])
-        data.write_atomically(args.merge / "README.md", CARD.format(**facts))
+        data.write_atomically(args.merge / "README.md", CARD.format(**run | run["validation"] | facts))
         difference = float(abs(predict(load_checkpoint(args.merge, merged)[0], probe) - expected).max())
         if not difference <= 1e-3 * float(abs(expected).max()):
             raise ValueError(f"its logits differ by {difference:.2g}")
         data.write_atomically(args.merge / "run.json", json.dumps(merged, indent=1, ensure_ascii=False))
-    except Exception as error:  # for a full disk each library has a type of its own
+    except Exception as error:  # on a full disk each library raises a type of its own
         shutil.rmtree(args.merge, ignore_errors=True)
         raise InputError(f"cannot write the merged model to {args.merge} ({short(error, 120)})") from None
     use = f"pipeline('text-classification', model='{args.merge.as_posix()}')(texts, truncation=True)"
-    print(f"written to {args.merge}; saved and loaded, its logits differ by {difference:.1e}. Use it with {use}")
+    print(f"written to {args.merge}; loaded again, its logits differ by {difference:.1e} at most. Use it as {use}")
 
 
 @data.one_line_errors
 def main(argv=None):
     args = parse_args(argv)
     if args.compare:
-        return print_comparison(compare(args.compare))
+        compare(args.compare)
+        return
     run = read_run(args.ckpt)
     data.choose_precision(args.mixed_precision)
     if args.merge:
@@ -647,9 +614,7 @@ def main(argv=None):
     print(f"{type(model.classifier()).__name__} from {run['model']}: {weights:,} parameters on {device}")
     if args.data and args.split in (None, "all") and set(args.data) & set(run["data"]):
         print("note: the run was trained on part of this data; leave out --data to score its own test part")
-    output_dir = args.output_dir or Path(args.ckpt)
-    if not args.output_dir and not os.access(output_dir, os.W_OK):  # such as /kaggle/input
-        output_dir = Path(".")
+    output_dir = args.output_dir or Path(args.ckpt if os.access(args.ckpt, os.W_OK) else ".")  # such as /kaggle/input
     for name, examples in parts:
         score(name, examples, model, tokenizer, run, output_dir)
 

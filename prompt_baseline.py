@@ -4,7 +4,7 @@
     python prompt_baseline.py --replay tests/seed_replies.jsonl   # score saved replies, without a model
     python prompt_baseline.py --model tests/tiny-qwen --ckpt out/demo --method logprob   # on a checkpoint's test texts
 
-The first downloads the model once. The second gives the published 26 of 60. The third only shows that the path works:
+The first downloads the model once. The second gives the published 26 of 60. The third only shows that the code runs:
 the tiny base cannot chat. --output_dir gets replies.jsonl (for --replay) and predictions-prompt.jsonl (for --compare).
 """
 
@@ -25,7 +25,7 @@ from data import InputError, short
 
 SYSTEM = "你擅长文本分类，能判断一段文字描述来自human还是chatgpt。你只需要回答一个单词，回答human或者chatgpt。"
 USER = "这里有一段关于{topic}的文字描述，请判断它来自human还是chatgpt：\n {text}"
-BAIKE_OPENING = "我有一个计算机相关的问题，请用中文回答，什么是 "  # of every baike question; what follows is its topic
+BAIKE_OPENING = "我有一个计算机相关的问题，请用中文回答，什么是 "  # how each baike question begins; its topic follows
 SPELLINGS = {"human": ("human", "Human", "人类"), "chatgpt": ("chatgpt", "ChatGPT", "人工智能", "机器")}
 
 
@@ -78,17 +78,15 @@ class Prompt:
 
     def __init__(self, tokenizer):
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "\x00"}]
-        try:
+        with data.refusing("no usable chat template: give a chat model as --model"):  # none, or one that refuses these
             chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             before, _, after = chat.partition("\x00")
             self.end = tokenizer(after, add_special_tokens=False)["input_ids"][0]
-        except Exception as error:  # no template at all, or one that refuses these messages
-            raise InputError(f"no usable chat template ({short(error, 80)}): give a chat model as --model") from None
         self.tokenizer = tokenizer
         self.before, self.after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
 
     def ids(self, example):
-        """Token ids of the question about an example; a text cannot end the turn, and is cut where the model ends."""
+        """Token ids of the question about an example; its text cannot end the turn, and is cut at the model's limit."""
         content = USER.format(topic=example["question"].removeprefix(BAIKE_OPENING), text=example["text"])
         options = {"add_special_tokens": False, "split_special_tokens": True, "truncation": True}
         return [*self.before, *self.tokenizer(content, **options)["input_ids"], *self.after]
@@ -134,18 +132,16 @@ def class_log_probabilities(model, prompt, examples):
 
 def read_replies(path):
     """(true labels, replies) of a replies.jsonl. Raises InputError."""
-    try:
+    problem = f"{path} is not a replies.jsonl: each line needs a label (human or chatgpt) and a reply"
+    with data.refusing(problem, (ValueError, KeyError, TypeError, RecursionError)):
         lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
         if not lines or not all(line["label"] in data.LABELS and isinstance(line["reply"], str) for line in lines):
             raise ValueError("no replies, another label, or a reply that is not a string")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        problem = f"each line needs a label (human or chatgpt) and a reply ({short(error, 60)})"
-        raise InputError(f"{path} is not a replies.jsonl: {problem}") from None
     return [line["label"] for line in lines], [line["reply"] for line in lines]
 
 
 def report(labels, replies):
-    """Print the published baseline's lines and the accuracy. Returns the classes named; both or neither is wrong."""
+    """Print the published baseline's lines and the accuracy; return the classes named. Both, or neither, is wrong."""
     named = [parse_reply(reply) for reply in replies]
     right = [name == label for label, name in zip(labels, named, strict=True)]
     if labels == [*data.LABELS] * (len(labels) // 2):  # in pairs, as published

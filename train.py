@@ -56,8 +56,8 @@ def parse_args(argv=None):
     add("--epochs", type=positive, default=2, help="passes over the training part")
     add("--batch_size", type=positive, default=4, help="micro-batch size, total across all processes")
     add("--gradient_accumulation_steps", type=positive, default=1, help="micro-batches per step")
-    add("--learning_rate", type=data.number(float, 0, above=True), default=5e-5, help="peak; it falls linearly to 0")
-    add("--warmup_ratio", type=data.number(float, 0, 1), default=0.0, help="share of the steps with a rising rate")
+    add("--learning_rate", type=data.number(float, 0, above=True), default=5e-5, help="peak rate; falls linearly to 0")
+    add("--warmup_ratio", type=data.number(float, 0, 1), default=0.0, help="share of the steps in which the rate rises")
     add("--weight_decay", type=data.number(float, 0), default=0.0, help="weight decay of AdamW")
     add("--max_grad_norm", type=data.number(float, 0, above=True), default=1.0, help="clip gradients to this norm")
     add("--mixed_precision", choices=["auto", *data.DTYPES], default="auto", help="dtype of the computation")
@@ -137,34 +137,25 @@ def check_same(before, now):
         raise InputError(f"--resume needs the same arguments as the original run; changed: {changes}")
 
 
-@contextlib.contextmanager
-def saving_to(folder):
-    """Turn whatever a library raises when it cannot write, such as on a full disk, into an InputError."""
-    try:
-        yield
-    except Exception as error:
-        Path(folder, "state.pt.tmp").unlink(missing_ok=True)
-        raise InputError(f"cannot save to {folder} ({short(error, 100)}): make room, then use --resume") from None
-
-
 def save_state(path, accelerator, model, optimizer, values):
-    """Save for --resume what does not follow from (seed, step): trainable tensors, AdamW, the scaler, `values`."""
+    """Save for --resume what (seed, step) do not determine: trainable tensors, AdamW, the scaler, `values`."""
     if accelerator.is_main_process:
         tensors = {n: p.detach() for n, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
         scaler = accelerator.scaler and accelerator.scaler.state_dict()
-        with saving_to(path.parent):
-            state = {"model": tensors, "optimizer": optimizer.state_dict(), "scaler": scaler}
-            torch.save(values | state, f"{path}.tmp")
-            os.replace(f"{path}.tmp", path)
+        state = values | {"model": tensors, "optimizer": optimizer.state_dict(), "scaler": scaler}
+        try:
+            with data.refusing(f"cannot save to {path.parent}: make room, then use --resume"):
+                torch.save(state, f"{path}.tmp")
+                os.replace(f"{path}.tmp", path)
+        finally:
+            Path(f"{path}.tmp").unlink(missing_ok=True)  # it is still there if the disk was full
 
 
 def load_state(path, accelerator, model, optimizer, arguments):
     """Load what `save_state` saved, and return its `values`. Raises InputError if the run had other arguments."""
-    try:
+    with data.refusing(f"{path} cannot be read: start again with --overwrite"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         before = state["arguments"]
-    except Exception as error:  # a damaged file makes torch.load raise whatever its parts raise
-        raise InputError(f"{path} cannot be read ({type(error).__name__}): start again with --overwrite") from None
     check_same(before, arguments)
     accelerator.unwrap_model(model).load_state_dict(state.pop("model"), strict=False)  # only the trainable tensors
     optimizer.load_state_dict(state.pop("optimizer"))
@@ -174,13 +165,13 @@ def load_state(path, accelerator, model, optimizer, arguments):
 
 
 def check_checkpoint(folder, run, accelerator, token_ids, classes, trained):
-    """Load the checkpoint as evaluate.py will, score the validation part, and add what follows from it to `run`.
+    """Load the checkpoint as evaluate.py will, score the validation part, and add score and calibration to `run`.
 
     `trained`: the validation logits (n, classes) of the model in training. Raises InputError if those of the loaded
     model differ by more than the rounding of the precision explains.
     """
     if not np.isfinite(trained).all():
-        raise InputError("the trained model's logits are not finite: start again with --overwrite and a lower rate")
+        raise InputError("the trained model's logits are not finite: use --overwrite and a lower --learning_rate")
     loaded = evaluate.predict(evaluate.load_checkpoint(folder, run, device=accelerator.device)[0], token_ids, "check")
     tolerance = {"no": 1e-3, "bf16": 0.2, "fp16": 0.1}[accelerator.mixed_precision] * np.abs(trained).mean()
     if not np.abs(trained - loaded).mean() <= tolerance:
@@ -211,7 +202,7 @@ def plot_curves(folder, lines):
 
 
 def peak_memory_gib(device):
-    """The most memory held so far: what torch allocated on a GPU, else the process's resident memory; None: unknown."""
+    """Peak memory so far: what torch allocated on a GPU, else the process's resident memory; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     with contextlib.suppress(ImportError):
@@ -223,7 +214,7 @@ def peak_memory_gib(device):
 def make_accelerator(args, precision):
     """The Accelerator, after a check that the launched processes see each other. Raises InputError."""
     AcceleratorState._reset_state()  # a second main() in one notebook kernel may want another precision
-    # The others wait while the main process downloads or checks the checkpoint: NCCL would give up after ten minutes.
+    # While the main process downloads, or checks its checkpoint, the others wait; NCCL would give up in ten minutes.
     patience, options = datetime.timedelta(hours=6), DistributedDataParallelKwargs(broadcast_buffers=False)
     handlers = [InitProcessGroupKwargs(timeout=patience), options]
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers)
@@ -240,14 +231,14 @@ def make_accelerator(args, precision):
 
 
 def read_steps(accelerator, pending, steps, text_of):
-    """Move the [loss, gradient norm] of `pending`, tensors (2,) on the device, over all processes, to the list `steps`.
+    """Move `pending`, a tensor [loss, gradient norm] for each step, to the list `steps`, merged over all processes.
 
-    In fp16 the scaler skips a step that is not finite. Raises InputError if there are many in a row, or without it.
+    The fp16 scaler skips steps that are not finite. Many in a row raise InputError; without it, one does.
     """
     for loss, norm in accelerator.reduce(torch.stack(pending), "sum").tolist():  # note: this waits for the GPU
         steps.append([loss, norm / accelerator.num_processes])  # the norm is the same in all processes
     pending.clear()
-    bad = next((i for i, pair in enumerate(reversed(steps)) if np.isfinite(pair).all()), len(steps))  # at the end
+    bad = next((i for i, pair in enumerate(reversed(steps)) if np.isfinite(pair).all()), len(steps))  # in a row
     if bad > (MAX_SKIPPED if accelerator.scaler else 0):
         step, [loss, norm] = len(steps) - bad, steps[-bad]
         where = f"step {step + 1} gave loss {loss} and gradient norm {norm} (its first text: {short(text_of(step))!r})"
@@ -310,7 +301,6 @@ def main(argv=None):
         data.write_atomically(output_dir / "metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
         if resuming:
             print(f"continuing after step {first_step}" if first_step else "no saved state: starting at the beginning")
-        print("Epoch  Training Loss  Validation Loss  Accuracy", flush=True)
 
     # ---- train
     model.train()
@@ -363,13 +353,15 @@ def main(argv=None):
             logits = evaluate.predict(model, token_ids["validation"], "validation", rank, processes)
             losses = np.array([loss for loss, _ in steps[-steps_per_epoch:]])
             weights = [len(texts_of(i, **schedule)) for i in range(steps_per_epoch)] * np.isfinite(losses)
-            mean = np.nansum(losses * weights) / max(1, weights.sum())  # over texts, less the steps that fp16 skipped
+            mean = np.nansum(losses * weights) / max(1, weights.sum())  # per text, without the steps that fp16 skipped
             row = {"epoch": done // steps_per_epoch, "training_loss": float(mean)}
             row["validation_loss"] = evaluate.negative_log_likelihood(classes["validation"], logits)
             row["accuracy"] = float((logits.argmax(1) == classes["validation"]).mean())
             new_lines.append({"step": done, **row})
             if is_main:
                 with bar.external_write_mode():  # flushed before the bar is drawn anew: a notebook has two streams
+                    if done <= first_step + steps_per_epoch:
+                        print("Epoch  Training Loss  Validation Loss  Accuracy")
                     columns = "{epoch:5d}  {training_loss:13.4f}  {validation_loss:15.4f}  {accuracy:8.4f}"
                     print(columns.format(**row), flush=True)
 
@@ -388,7 +380,7 @@ def main(argv=None):
     if logits is None:  # resumed after the last step
         logits = evaluate.predict(model, token_ids["validation"], "validation", rank, processes)
     if is_main:
-        with saving_to(output_dir):
+        with data.refusing(f"cannot save to {output_dir}: make room, then use --resume"):
             evaluate.save_model(output_dir, accelerator.unwrap_model(model).model, tokenizer, args.max_length)
     del model, optimizer, trainable  # room for the copy that is loaded
     accelerator.free_memory()
