@@ -358,6 +358,16 @@ def class_names(examples, known=None):
     return tuple(sorted(sorted(names), key=int if all(name.isdecimal() for name in names) else None))
 
 
+def published_split(indices):
+    """{index: part}, in order, of at most 5,000 drawn texts: seeded permutations by the library that was used then."""
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"index": indices}).shuffle(seed=SPLIT_SEED)
+    rows = rows.select(range(min(5000, len(rows)))).train_test_split(train_size=0.8, seed=SPLIT_SEED)
+    rows["validation"], rows["test"] = rows["test"].train_test_split(train_size=0.5, seed=SPLIT_SEED).values()
+    return {index: part for part in PARTS for index in rows[part]["index"]}
+
+
 def split_examples(examples, protocol="seed", labels=LABELS):
     """{"train": examples, "validation": ..., "test": ...}. Raises InputError if a part, or a class in train, is empty.
 
@@ -380,12 +390,7 @@ def split_examples(examples, protocol="seed", labels=LABELS):
         digits = {i: int(hashlib.sha256(examples[i]["question"].encode()).hexdigest(), 16) % 10 for i in pool}
         drawn = {i: {0: "test", 1: "validation"}.get(digit, "train") for i, digit in digits.items()}
     elif all(example["hc3"] for example in examples) and not named:
-        import datasets  # the published split consists of its seeded permutations
-
-        rows = datasets.Dataset.from_dict({"row": pool}).shuffle(seed=SPLIT_SEED)
-        rows = rows.select(range(min(5000, len(rows)))).train_test_split(train_size=0.8, seed=SPLIT_SEED)
-        rows["validation"], rows["test"] = rows["test"].train_test_split(train_size=0.5, seed=SPLIT_SEED).values()
-        part = {row: name for name in PARTS for row in rows[name]["row"]}
+        part = published_split(pool)
     else:
         rng = np.random.default_rng(SPLIT_SEED)
         for label in labels:
