@@ -97,7 +97,7 @@ def one_line_errors(main):
         except (InputError, OSError) as error:
             line = short(error, 300)
         except KeyboardInterrupt:
-            line = "interrupted"
+            line = "interrupted; train.py continues with --resume"
         finally:
             release_memory()  # a notebook's kernel lives on, and something else may need the GPU
         print(f"error: {line}", file=sys.stderr)  # out here, where no traceback keeps the model alive
@@ -624,6 +624,21 @@ class PackedClassifier(torch.nn.Module):
         hidden = self.classifier().base_model(**row, use_cache=False).last_hidden_state  # (1, T, hidden_size)
         last_tokens = cu_seqlens[1:] - 1  # (n,)
         return self.classifier().score(hidden[0, last_tokens]).float()  # (n, classes)
+
+
+@torch.no_grad()
+def check_packed(model, token_ids, device):
+    """Raise InputError if a PackedClassifier on the device cannot read these texts, or if they influence each other."""
+    model.eval()
+    config, longest = model.classifier().config, max(map(len, token_ids))
+    if max(map(max, token_ids)) >= config.vocab_size:
+        raise InputError("the tokenizer has more tokens than the model: they do not belong together")
+    if longest > getattr(config, "max_position_embeddings", longest):
+        raise InputError(f"a text has {longest} tokens, which the model cannot number: lower --max_length")
+    with refusing("this model cannot read several texts in one row: use another decoder, such as Qwen1.5"):
+        first, second = (model(**pack([[*other, 3, 4], [5, 6]], device))[1] for other in ([1, 2], [2, 7]))
+        if not torch.allclose(first, second, rtol=1e-3, atol=1e-4 * float(first.abs().max())):
+            raise InputError("the text in front changes a text's logits")
 
 
 def save_predictions(path, examples, predictions, scores=()):

@@ -3,7 +3,7 @@
     python evaluate.py --ckpt out/demo                                # the run's own test part: report and files
     python evaluate.py --ckpt out/demo --text "总之，建议您咨询专业人士。"      # label and probability of one text
     python evaluate.py --ckpt out/demo --data law finance             # other subsets or files, each by itself
-    python evaluate.py --ckpt out/demo --predict tests/texts.csv --output out/labelled.csv    # label any file of texts
+    python evaluate.py --ckpt out/demo --predict tests/texts.csv --output labelled.csv    # label any file of texts
     python evaluate.py --ckpt out/demo --merge out/merged             # adapter and base as one transformers model
     python evaluate.py --compare out/a/predictions-test.jsonl out/b/predictions-test.jsonl    # do two runs differ?
 
@@ -17,7 +17,6 @@ import csv
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -87,8 +86,8 @@ def read_run(ckpt):
             "labels": isinstance(run["labels"], list) and len(set(run["labels"])) == len(run["labels"]) > 1,
             "data": isinstance(run["data"], list),
             "hub or lora": run["hub"] in data.REPOSITORIES and type(run["lora"]) is bool,
-            "split": split["protocol"] in data.PROTOCOLS and set(data.PARTS) <= set(split["sha256"]),
-            "temperature": 0 < run["temperature"] < math.inf,
+            "split": split["protocol"] in data.PROTOCOLS and split["sha256"].keys() >= set(data.PARTS),
+            "temperature": 0.1 <= run["temperature"] <= 10,
             "threshold": run["threshold"] is None or 0 <= run["threshold"] <= 1,
         }
         if wrong := [name for name, fine in sound.items() if not fine]:
@@ -376,13 +375,14 @@ def plot_report(path, title, result, classes, logits):
         low, high = result["accuracy_interval"]
         title = f"{title}: accuracy {result['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f})"
         if not chinese and not "".join(names).isascii():
-            title += "\nclass names need a Chinese font: apt install fonts-noto-cjk"
+            title += "\nclass names need a Chinese font: apt install fonts-noto-cjk; rm -r ~/.cache/matplotlib"
         figure.suptitle(title, fontsize=10)
         matrix.imshow(confusion, cmap="Blues")
         for (i, j), n in np.ndenumerate(confusion):
             matrix.text(j, i, n, ha="center", va="center", color="white" if n > confusion.max() / 2 else "black")
         matrix.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names)
         matrix.set(xlabel="predicted", ylabel="true", title="number of texts")
+        matrix.tick_params(axis="x", rotation=30 if len("".join(names)) > 20 else 0)
         texts, confidence, accuracy = reliability(classes, softmax(logits / result["temperature"]))
         calibration.plot([0, 1], [0, 1], ":", color="grey")
         calibration.plot(confidence[texts > 0], accuracy[texts > 0], "o-", markersize=4)
@@ -444,7 +444,7 @@ def score(name, examples, model, tokenizer, run, output_dir):
     data.write_atomically(output_dir / f"eval-{name}.json", json.dumps(result, indent=1, ensure_ascii=False))
     picture = f", report-{name}.png"
     try:
-        plot_report(output_dir / f"report-{name}.png", f"{short(run['model'])} on {name}", result, classes, logits)
+        plot_report(output_dir / f"report-{name}.png", f"{Path(run['model']).name} on {name}", result, classes, logits)
     except ImportError:
         picture = " (for pictures: pip install matplotlib)"
     print(f"written to {output_dir}: eval-{name}.json, predictions-{name}.jsonl{picture}")
@@ -485,7 +485,7 @@ def label_file(args, load):
         raise InputError(f"{output} exists already: choose another --output, or delete it")
     for row in rows_to_label(source):
         count["empty" if row is None else "skipped" if "error" in row else "labelled"] += 1
-        if row and not row.keys().isdisjoint(("label", "probability")):  # the file's own columns are kept
+        if row and not row.keys().isdisjoint(("label", "probability")):  # these columns of the file are kept
             prefix = "predicted_"
     if not count["labelled"]:
         raise InputError(f"{source} has no row with a text: a column or field called text is needed")

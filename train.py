@@ -36,8 +36,16 @@ from data import InputError, short
 
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl; note: reading the loss waits for the GPU
 MAX_SKIPPED = 30  # steps in a row that the fp16 scaler may skip: it has halved its scale 30 times by then
-OUR_FILES = ("run.json", "state.pt*", "metrics.jsonl", "curves.png", "adapter_*", "model*.safetensors*", "config.json")
-OUR_FILES += ("tokenizer*.json", "chat_template.jinja", "eval-*.json", "predictions-*.jsonl", "report-*.png")
+OUR_FILES = ("run.json", "state.pt*", "metrics.jsonl", "curves.png", "adapter_model.safetensors", "adapter_config.json")
+OUR_FILES += (
+    "model*.safetensors*",
+    "config.json",
+    "tokenizer*.json",
+    "chat_template.jinja",
+    "eval-*.json",
+    "predictions-*.jsonl",
+    "report-*.png",
+)
 FREE_TO_CHANGE = ("output_dir", "save_steps", "resume", "overwrite", "gradient_checkpointing", "hub")  # on --resume
 
 
@@ -187,9 +195,9 @@ def plot_curves(folder, lines):
 
     figure, epochs = Figure(figsize=(8, 3.2), layout="constrained"), [line for line in lines if "epoch" in line]
     losses, accuracies = figure.subplots(1, 2)
-    for field, style in (("loss", "-"), ("validation_loss", "o-")):
+    for field, style, label in (("loss", "-", "training loss"), ("validation_loss", "o-", "validation loss")):
         points = np.reshape([(line["step"], line[field]) for line in lines if field in line], (-1, 2))
-        losses.plot(*points.T, style, label=field.replace("_", " "))
+        losses.plot(*points.T, style, label=label)
     accuracies.plot([line["epoch"] for line in epochs], [line["accuracy"] for line in epochs], "o-")
     for line in epochs:
         losses.axvline(line["step"], color="lightgrey", linewidth=1, zorder=0)
@@ -268,8 +276,6 @@ def main(argv=None):
     for part in ("train", "validation"):
         token_ids[part], odd[part] = data.tokenize(tokenizer, [text["text"] for text in parts[part]], args.max_length)
         classes[part] = np.array([labels.index(example["label"]) for example in parts[part]])
-    if max(map(max, token_ids["train"] + token_ids["validation"])) >= model.classifier().config.vocab_size:
-        raise InputError(f"the tokenizer in {args.model} has more tokens than the model: they do not belong together")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     n_trained, n_all = (sum(parameter.numel() for parameter in some) for some in (trainable, model.parameters()))
     step_size = args.batch_size * args.gradient_accumulation_steps
@@ -283,6 +289,7 @@ def main(argv=None):
         print(f"{total_steps} steps of {step_size} texts on {processes} x {device.type}, precision {precision} ({why})")
     optimizer = torch.optim.AdamW(trainable, args.learning_rate, weight_decay=args.weight_decay, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
+    data.check_packed(accelerator.unwrap_model(model), token_ids["train"] + token_ids["validation"], device)
 
     # ---- resume
     arguments = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
@@ -412,7 +419,7 @@ def main(argv=None):
         print(f"{seconds:.1f} s of training, {memory}validation accuracy {run['validation']['accuracy']:.4f}")
         best = min(epochs, key=lambda row: row["validation_loss"])
         if best is not epochs[-1]:
-            print(f"note: the validation loss was lowest after epoch {best['epoch']} ({best['validation_loss']:.4f})")
+            print(f"note: epoch {best['epoch']} had the lowest validation loss; what is saved is the last epoch")
         print(f"saved to {output_dir}; next: python evaluate.py --ckpt {output_dir}")
     accelerator.wait_for_everyone()
 

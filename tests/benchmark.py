@@ -109,10 +109,11 @@ def prepare(args, scratch):
     source, causal_lm = args.config or TESTS / "tiny-qwen", transformers.AutoModelForCausalLM
     tokenizer = data.load_tokenizer(source)
     torch.manual_seed(SEED)
+    base = f"{Path(args.config).resolve().name if args.config else args.size} with random weights"
     if args.config:
         model = causal_lm.from_config(transformers.AutoConfig.from_pretrained(source))
     elif args.size == "tiny":
-        model = data.load_model(causal_lm, source)
+        base, model = "tiny-qwen", data.load_model(causal_lm, source)
     else:
         fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         shape = dict(zip(fields, SHAPES[args.size], strict=True))
@@ -133,7 +134,7 @@ def prepare(args, scratch):
         more = ["--max_length", 16, "--batch_size", 16, "--learning_rate", 1e-2]
         train.main(train_command(args, scratch, "lora", "fp32", scratch / "checkpoint", *more))
     facts = {
-        "base": Path(args.config).resolve().name if args.config else args.size,
+        "base": base,
         "parameters": model.base_model.num_parameters(exclude_embeddings=True),
         "tokens": sum(len(row["input_ids"]) for row in load_rows(scratch, tokenizer, "train")),
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU",
@@ -169,8 +170,9 @@ def watch_training(n_texts, batch_size, started):
     tokens, clocks, result = [0], [], {}  # the tokens of each step so far
 
     def watched_forward(module, ids):  # here all variants are alike: token ids come in, with any padding
-        result.setdefault("seconds_to_first_step", time.time() - started)
-        tokens[-1] += ids.numel()
+        if torch.is_grad_enabled():  # a step, and not a check before the first one
+            result.setdefault("seconds_to_first_step", time.time() - started)
+            tokens[-1] += ids.numel()
         return forward(module, ids)
 
     def after_step(*_):
@@ -285,7 +287,7 @@ def report(args, facts, runs):
         runs_of.setdefault((run["group"], run["variant"]), []).append(run)
     names = [name for name in FIGURES if any(name in run for run in runs)]
     title = f"Base {facts['base']}, {facts['parameters'] / 1e6:.1f} M parameters outside the embedding"
-    machine = f"{facts['device']}, {facts['threads']} CPU threads"
+    machine = f"{facts['device']}, {facts['threads']} CPU thread(s)"
     rates = ", ".join(f"{precision} {rate / 1e9:,.1f}" for precision, rate in facts["matmul"].items())
     lines = [
         f"{title}; {args.texts} texts of {facts['tokens'] / args.texts:.0f} tokens on average; batch "
@@ -326,7 +328,7 @@ def plot(path, title, runs_of, names):
     colors = ["tab:orange" if OURS in label or OUR_PREDICT in label else "tab:gray" for label in labels]
     for axes, name in zip(figure.subplots(1, 2, sharey=True), names, strict=True):
         medians = [median([run[name] for run in runs if name in run] or [math.nan]) for runs in runs_of.values()]
-        axes.bar_label(axes.barh(labels, medians, color=colors), fmt="%.3g", padding=2, fontsize=9)
+        axes.bar_label(axes.barh(labels, medians, color=colors), fmt="%.1f", padding=2, fontsize=9)
         axes.set(xlabel=headings[name], xmargin=0.15)
     axes.invert_yaxis()  # of both
     figure.suptitle(title, fontsize=10)

@@ -1,6 +1,6 @@
 """Pretrain the tests' base model, a Qwen2 causal LM of a few MB, on the HC3-Chinese answers it may see.
 
-    python tests/make_tiny_qwen.py --data medicine nlpcc_dbqa psychology   # names or paths; 45 minutes, 2 busy cores
+    python tests/make_tiny_qwen.py --data medicine.jsonl nlpcc_dbqa.jsonl psychology.jsonl   # 45 minutes, 2 busy cores
 
 Only answers to questions of the strict protocol's train part are read, so that its validation and test parts stay
 unseen by the base model too. Seeds and step count are fixed.
@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import load_hc3, make_examples, normalise, pack, packed_attention, split_examples, tokenize
+import data
+from data import normalise
 
 END, START, STOP = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHATML = (
@@ -73,17 +74,18 @@ def make_tokenizer(texts, vocab_size, folder):
 
 def train_part_answers(sources):
     """All answers to train-part questions, less any text that is also in the validation or the test part."""
-    records = load_hc3(sources)
-    parts = split_examples(make_examples(records, "strict")[0], "strict")
+    parts = data.split_examples(data.load_examples(sources, protocol="strict")[0], "strict")
     questions = {example["question"] for example in parts["train"]}
     held_out = {example["text"] for part in ("validation", "test") for example in parts[part]}
-    answers = [a for r in records if r["question"] in questions for a in r["human_answers"] + r["chatgpt_answers"] if a]
+    rows = [row for source in sources for _, row in data.read_rows(source) if row is not None]
+    found = [found for row in rows for found in data.answers_of(row)]
+    answers = [text for _, texts, question in found if question in questions for text in texts if text]
     return [answer for answer in dict.fromkeys(answers) if normalise(answer) and normalise(answer) not in held_out]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", default=["medicine", "nlpcc_dbqa", "psychology"], help="names or paths")
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="HC3-Chinese files")
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).resolve().parent / "tiny-qwen")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--tokens_per_step", type=int, default=3072)
@@ -98,7 +100,7 @@ def main():
     answers = train_part_answers(args.data)
     clean = [normalise(answer) for answer in answers]
     tokenizer = make_tokenizer(clean + answers, args.vocab_size, args.output_dir)
-    ids = {"raw": tokenize(tokenizer, answers, 511), "clean": tokenize(tokenizer, clean, 511)}
+    ids = {name: data.tokenize(tokenizer, texts, 511)[0] for name, texts in (("raw", answers), ("clean", clean))}
     tokens = sum(map(len, ids["clean"]))
     print(f"{len(answers)} answers, {tokens} tokens, {tokens / sum(map(len, clean)):.2f} per character")
 
@@ -118,8 +120,7 @@ def main():
         use_sliding_window=False,
     )
     model = Qwen2ForCausalLM(config)
-    AttentionInterface.register("packed", packed_attention)
-    model.set_attn_implementation("packed")
+    data.use_packed_attention(model)
     print(f"{model.num_parameters():,} parameters")
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
@@ -137,7 +138,7 @@ def main():
             text = queue.pop()
             texts.append(ids["raw" if rng.random() < 0.25 else "clean"][text] + [tokenizer.eos_token_id])
             size += len(texts[-1])
-        batch = pack([text[:-1] for text in texts])  # the last token is only ever predicted
+        batch = data.pack([text[:-1] for text in texts])  # the last token is only ever predicted
         targets = torch.tensor([token for text in texts for token in text[1:]])
         hidden = model.model(**batch, use_cache=False).last_hidden_state[0]
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), targets)

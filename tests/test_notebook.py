@@ -247,7 +247,9 @@ def test_wrong_option_is_one_line(notebook):
 
 def test_stop_button_in_the_kernel(notebook):
     """The last saved state is kept and the memory given back, though IPython keeps the last exception."""
-    assert re.search(r"^error: interrupted$", text_of(notebook.stopped, "stderr"), re.M)
+    assert re.search(
+        r"^error: interrupted; train.py continues with --resume$", text_of(notebook.stopped, "stderr"), re.M
+    )
     assert "state.pt" in notebook.left and "run.json" not in notebook.left
     assert int(text_of(notebook.held_when_stopped)) < 1_000_000
     assert "continuing after step" in text_of(notebook.continued)

@@ -14,6 +14,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
+    MiniMaxConfig,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
@@ -122,6 +123,21 @@ def test_pack_can_be_unpacked(texts):
     assert [part.tolist() for part in row.split(batch["lengths"])] == texts
     assert [part.tolist() for part in positions.split(batch["lengths"])] == [list(range(len(ids))) for ids in texts]
     assert row[batch["cu_seqlens"][1:] - 1].tolist() == [ids[-1] for ids in texts]
+
+
+def test_neighbours_that_are_seen_are_refused():
+    """MiniMax's linear attention is not one that packing replaces: its state runs on into the next text."""
+    torch.manual_seed(0)
+    texts = random_texts([5, 9])
+    model = data.PackedClassifier(SequenceClassifier.from_config(MiniMaxConfig(**SIZE, block_size=16)))
+    with pytest.raises(data.InputError, match="the text in front changes"):
+        data.check_packed(model, texts, "cpu")
+    model = data.PackedClassifier(SequenceClassifier.from_config(CONFIGS["mistral with a window"]))
+    data.check_packed(model, texts, "cpu")
+    with pytest.raises(data.InputError, match="lower --max_length"):
+        data.check_packed(model, [[1] * 257], "cpu")
+    with pytest.raises(data.InputError, match="do not belong together"):
+        data.check_packed(model, [[97]], "cpu")
 
 
 REFUSED = {

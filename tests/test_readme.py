@@ -60,7 +60,7 @@ def test_snippet_gives_our_labels(lora_checkpoint, tmp_path, capsys):
     """What README tells other programs to pass: the merged model's pipeline, and the adapter on its base."""
     merged, text = tmp_path / "merged", "总之，建议您咨询专业人士。"
     evaluate.main(["--ckpt", str(lora_checkpoint), "--merge", str(merged)])
-    [snippet] = re.findall(r"^```python\n(from peft.*?)^```$", TEXTS["README.md"], re.M | re.S)
+    [snippet] = re.findall(r"^```python\n(import json.*?)^```$", TEXTS["README.md"], re.M | re.S)
     snippet = snippet.replace('pipeline("text', 'answer = pipeline("text').replace("out/merged", str(merged))
     names = {}
     exec(snippet.replace("out/demo", str(lora_checkpoint)).replace("tests/tiny-qwen", str(TINY)), names)

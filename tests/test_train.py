@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -562,6 +563,22 @@ def test_overwrite_deletes_the_first_run_only(small_data, tmp_path):
     assert {"adapter_model.safetensors", "run.json", "metrics.jsonl"} <= left
     assert not left & {"model.safetensors", "config.json", "eval-test.json"}
     assert {(out / name).read_text(encoding="utf-8") for name in ("notes.txt", "README.md")} == {"the user's own"}
+
+
+def test_overwrite_with_an_unsuitable_model_deletes_nothing(small_data, lora_checkpoint, tmp_path, capsys):
+    """Gemma 2 is refused only when its layers run, which must be before the finished run is deleted."""
+    out, base = tmp_path / "out", tmp_path / "gemma2"
+    shutil.copytree(lora_checkpoint, out)
+    tokenizer = data.load_tokenizer(TINY)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.Gemma2Config(vocab_size=len(tokenizer), **size, num_key_value_heads=4, head_dim=8)
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*arguments(small_data, out, "--overwrite", "--epochs", "1"), "--model", str(base)])
+    assert stopped.value.code == 2 and "cannot read several texts in one row" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_launched_by_accelerate(small_data, tmp_path):
