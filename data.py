@@ -121,6 +121,8 @@ def refusing(problem, kinds=Exception):
     """Turn an exception of these kinds into an InputError that says what the problem is and, in brackets, why."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # one_line_errors knows what helps
     except kinds as error:
         raise InputError(f"{problem} ({short(error, 200)})") from None
 
@@ -533,7 +535,7 @@ def tokenize(tokenizer, texts, max_length=512):
 
 def note_of(odd, before=""):
     """The Counter of `tokenize` in words, with `before` in front of them; "" if no text is odd."""
-    note = " and ".join(f"{n} are {what}" for what, n in odd.items() if n)
+    note = " and ".join(f"{n} {'is' if n == 1 else 'are'} {what}" for what, n in odd.items() if n)
     return note and before + note
 
 

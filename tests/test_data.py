@@ -143,8 +143,8 @@ def test_special_token_strings_are_text():
         assert tokenizer.decode(ids) == text
     [cut], odd = data.tokenize(tokenizer, ["长" * 99], 7)
     [whole], none = data.tokenize(tokenizer, ["长" * 99], 0)
-    assert cut == whole[:7] and data.note_of(odd) == "1 are cut at 7 tokens" and data.note_of(none) == ""
-    assert data.note_of(data.tokenize(tokenizer, ["短"])[1], "; ") == "; 1 are shorter than 5 tokens"
+    assert cut == whole[:7] and data.note_of(odd) == "1 is cut at 7 tokens" and data.note_of(none) == ""
+    assert data.note_of(data.tokenize(tokenizer, ["短"])[1], "; ") == "; 1 is shorter than 5 tokens"
 
 
 def test_data_script_prints_what_the_seed_prints(capsys):
