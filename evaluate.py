@@ -485,8 +485,8 @@ def label_file(args, load):
         raise InputError(f"{output} exists already: choose another --output, or delete it")
     for row in rows_to_label(source):
         count["empty" if row is None else "skipped" if "error" in row else "labelled"] += 1
-        if row and not row.keys().isdisjoint(("label", "probability")):  # these columns of the file are kept
-            prefix = "predicted_"
+        while row and not row.keys().isdisjoint((f"{prefix}label", f"{prefix}probability")):  # no column is lost
+            prefix += "predicted_"
     if not count["labelled"]:
         raise InputError(f"{source} has no row with a text: a column or field called text is needed")
     model, tokenizer, run = load()

@@ -309,6 +309,7 @@ def test_predict_keeps_columns_that_are_there(three_classes, tmp_path, capsys):
     assert 0 < float(row["predicted_probability"]) <= 1
     again = predict(out, tmp_path / "labels.csv", tmp_path / "again.jsonl")  # with a column `error` of our own
     assert [(row["label"], row["predicted_label"]) for row in again] == [("gold", "足球")]
+    assert again[0]["predicted_predicted_label"] == "足球"  # a second model's answer does not replace the first's
     capsys.readouterr()
 
 
