@@ -18,6 +18,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -65,13 +66,15 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {short(message, 200)} ({'; '.join(hints) or '--help lists the options'})\n")
 
 
-def number(kind, low, high=2**31, above=False):
-    """An argparse type: an int or a float from `low` (if `above`: greater than `low`) to `high`, and never NaN."""
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: an int or a float from `low` (if `above`: greater than `low`) to `high`, and never infinite."""
 
     def parse(text):
-        if not low <= kind(text) <= high or (above and kind(text) == low):
-            raise argparse.ArgumentTypeError(f"must be {'>' if above else '>='} {low} and <= {high}, got {short(text)}")
-        return kind(text)
+        value = kind(text)
+        if low <= value <= high and value != math.inf and not (above and value == low):
+            return value
+        most = f" and <= {high}" if high < math.inf else ""
+        raise argparse.ArgumentTypeError(f"must be {'>' if above else '>='} {low}{most}, got {short(text)}")
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
     return parse
@@ -99,7 +102,8 @@ def one_line_errors(main):
         except KeyboardInterrupt:
             line = "interrupted; train.py continues with --resume"
         finally:
-            release_memory()  # a notebook's kernel lives on, and something else may need the GPU
+            if torch.cuda.is_initialized():
+                release_memory()  # a notebook's kernel lives on, and something else may need the GPU
         print(f"error: {line}", file=sys.stderr)  # out here, where no traceback keeps the model alive
         sys.exit(2)
 
@@ -127,14 +131,21 @@ def refusing(problem, kinds=Exception):
         raise InputError(f"{problem} ({short(error, 200)})") from None
 
 
-def write_atomically(path, content):
-    """Write `content` to `path` as UTF-8, so that the file appears whole or not at all."""
+@contextlib.contextmanager
+def replacing(path):
+    """The path of a temporary file that becomes `path` at the end, so that it appears whole or not at all."""
     temporary = Path(f"{path}.tmp")
     try:
-        temporary.write_bytes(content.encode("utf-8", "backslashreplace"))
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # it is still there if the disk was full
+
+
+def write_atomically(path, content):
+    """Write the str `content` to `path` as UTF-8, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode("utf-8", "backslashreplace"))
 
 
 def choose_precision(asked="auto"):
@@ -271,9 +282,10 @@ def answers_of(row):
         if [len(names) for names in named.values()] == [1, 1]:
             advice = "rename " + " and ".join(f"{name} to {new}" for new, [name] in named.items() if name != new)
         raise InputError(f"has the columns {short(', '.join(map(repr, row)) or 'none', 80)}: {advice}")
-    for _, texts, question in found:
+    for label, texts, question in found:
+        name, kind = (f"{label}_answers", "a list of strings") if "label" not in row else ("text", "a string")
         if not isinstance(texts, list) or not all(isinstance(text, str | None) for text in texts):
-            raise InputError("has a text that is not a string, or answers that are not a list of strings")
+            raise InputError(f"has a {name} that is not {kind}")
         if not isinstance(question, str):
             raise InputError("has a question that is not a string")
     return found
@@ -663,7 +675,8 @@ def add_options(parser, model="Qwen/Qwen1.5-0.5B", split=True):
     if split:
         protocols = "seed: the published random split by texts; strict: split by questions, texts normalised"
         add("--protocol", choices=PROTOCOLS, default="seed", help=protocols)
-        add("--max_length", type=number(int, 0), default=512, metavar="N", help="truncate texts to N tokens (0: never)")
+        cut = "truncate texts to N tokens (0: never)"
+        add("--max_length", type=number(int, 0, 2**31), default=512, metavar="N", help=cut)
 
 
 def audit(args):

@@ -5,11 +5,12 @@
     python evaluate.py --ckpt out/demo --data law finance             # other subsets or files, each by itself
     python evaluate.py --ckpt out/demo --predict tests/texts.csv --output labelled.csv    # label any file of texts
     python evaluate.py --ckpt out/demo --merge out/merged             # adapter and base as one transformers model
-    python evaluate.py --compare out/a/predictions-test.jsonl out/b/predictions-test.jsonl    # do two runs differ?
+    python evaluate.py --compare out/demo/predictions-test.jsonl out/audit/predictions-seed-1-3-grams.jsonl
 
-With the tiny base of the demo each takes seconds. `run.json` in the checkpoint says what else is needed: base model,
-data, split and its hash, max_length, temperature, threshold. Results go to the checkpoint's folder (or --output_dir):
-eval-<name>.json, predictions-<name>.jsonl and, if matplotlib is installed, report-<name>.png.
+With README's demo each takes about ten seconds; the third downloads first, the last needs `data.py --audit`'s files.
+`run.json` in the checkpoint says what else is needed: base model, data, split and its hash, max_length, temperature,
+threshold. Results go to the checkpoint's folder (or --output_dir): eval-<name>.json, predictions-<name>.jsonl and, if
+matplotlib is installed, report-<name>.png.
 """
 
 import argparse
@@ -127,9 +128,9 @@ def load_checkpoint(ckpt, run, dtype=torch.float32, device="cpu", model=None, hu
     elif Path(ckpt, "config.json").exists():
         raise InputError(f"{ckpt} holds an adapter and a config.json, which train.py never writes together")
     else:
-        tokenizer = data.load_tokenizer(ckpt)
         from peft import set_peft_model_state_dict
 
+        tokenizer = data.load_tokenizer(ckpt)
         with data.refusing(f"{ckpt}/adapter_model.safetensors is incomplete or damaged"):
             weights = safetensors.torch.load_file(Path(ckpt, "adapter_model.safetensors"))
             ranks = {tensor.shape[0] for key, tensor in weights.items() if key.endswith("lora_A.weight")}
@@ -507,7 +508,8 @@ def label_file(args, load):
             file.flush()
             bar.update(len(chunk))
     if output.suffix == ".csv":
-        write_csv(partial, output)
+        with data.replacing(output) as temporary:
+            write_csv(partial, temporary)
         partial.unlink()
     else:
         os.replace(partial, output)
@@ -518,13 +520,12 @@ def label_file(args, load):
 
 def write_csv(source, output):
     """Write the JSON lines of `source` as a .csv that Excel reads."""
-    with open(source, encoding="utf-8") as file, open(f"{output}.tmp", "w", encoding="utf-8-sig", newline="") as table:
+    with open(source, encoding="utf-8") as file, open(output, "w", encoding="utf-8-sig", newline="") as table:
         columns = {name: None for line in file for name in json.loads(line)}
         file.seek(0)
         writer = csv.DictWriter(table, sorted(columns, key=lambda name: name == "error"))  # errors come last
         writer.writeheader()
         writer.writerows(map(json.loads, file))
-    os.replace(f"{output}.tmp", output)
 
 
 CARD = """---

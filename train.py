@@ -2,7 +2,7 @@
 
     accelerate launch train.py --lora                    # Qwen1.5-0.5B on HC3-Chinese baike, on one GPU
     accelerate launch train.py --output_dir out/full     # the same, training every weight
-    python train.py --lora --model tests/tiny-qwen --data tests/sample.jsonl --learning_rate 2e-3 --output_dir out/demo
+    python train.py --lora --model tests/tiny-qwen --data tests/sample.jsonl --learning_rate 2e-3 --output_dir out/tiny
 
 The first two download model and data once; the third is offline and takes half a minute on two CPU cores. Each leaves a
 checkpoint for `python evaluate.py --ckpt OUTPUT_DIR`. A run that was killed continues with --resume.
@@ -36,23 +36,16 @@ from data import InputError, short
 
 LOG_EVERY = 10  # steps between two lines of metrics.jsonl; note: reading the loss waits for the GPU
 MAX_SKIPPED = 30  # steps in a row that the fp16 scaler may skip: it has halved its scale 30 times by then
-OUR_FILES = ("run.json", "state.pt*", "metrics.jsonl", "curves.png", "adapter_model.safetensors", "adapter_config.json")
-OUR_FILES += (
-    "model*.safetensors*",
-    "config.json",
-    "tokenizer*.json",
-    "chat_template.jinja",
-    "eval-*.json",
-    "predictions-*.jsonl",
-    "report-*.png",
-)
+OUR_FILES = ("run.json", "state.pt*", "metrics.jsonl", "curves.png", "adapter_model.safetensors", "adapter_config.json",
+             "model*.safetensors*", "config.json", "tokenizer*.json", "chat_template.jinja", "eval-*.json",
+             "predictions-*.jsonl", "report-*.png")  # fmt: skip
 FREE_TO_CHANGE = ("output_dir", "save_steps", "resume", "overwrite", "gradient_checkpointing", "hub")  # on --resume
 
 
 def parse_args(argv=None):
     parser = data.ArgumentParser(description=__doc__.splitlines()[0])
     data.add_options(parser)
-    positive = data.number(int, 1)
+    positive = data.number(int, 1, 2**31)
     add = parser.add_argument_group("model").add_argument
     add("--lora", action="store_true", help="train a LoRA adapter instead of every weight")
     add("--lora_r", type=data.number(int, 1, 4096), default=8, help="rank of the adapter")
@@ -70,7 +63,7 @@ def parse_args(argv=None):
     add("--max_grad_norm", type=data.number(float, 0, above=True), default=1.0, help="clip gradients to this norm")
     add("--mixed_precision", choices=["auto", *data.DTYPES], default="auto", help="dtype of the computation")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, more time")
-    add("--seed", type=data.number(int, 0), default=233, help="random seed for new weights, data order and dropout")
+    add("--seed", type=data.number(int, 0, 2**31), default=233, help="seed for new weights, data order and dropout")
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", type=data.folder, default=Path("out"), help="folder of the checkpoint")
     add("--save_steps", type=data.number(int, 0), default=500, help="also save state every N steps (0: never save it)")
@@ -151,12 +144,9 @@ def save_state(path, accelerator, model, optimizer, values):
         tensors = {n: p.detach() for n, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
         scaler = accelerator.scaler and accelerator.scaler.state_dict()
         state = values | {"model": tensors, "optimizer": optimizer.state_dict(), "scaler": scaler}
-        try:
-            with data.refusing(f"cannot save to {path.parent}: make room, then use --resume"):
-                torch.save(state, f"{path}.tmp")
-                os.replace(f"{path}.tmp", path)
-        finally:
-            Path(f"{path}.tmp").unlink(missing_ok=True)  # it is still there if the disk was full
+        problem = f"cannot save to {path.parent}: make room, then use --resume"
+        with data.refusing(problem), data.replacing(path) as temporary:
+            torch.save(state, temporary)
 
 
 def load_state(path, accelerator, model, optimizer, arguments):
@@ -274,7 +264,7 @@ def main(argv=None):
         model = build_model(args, folder, tokenizer, precision, labels)
     token_ids, classes, odd = {}, {}, {}
     for part in ("train", "validation"):
-        token_ids[part], odd[part] = data.tokenize(tokenizer, [text["text"] for text in parts[part]], args.max_length)
+        token_ids[part], odd[part] = data.tokenize(tokenizer, [e["text"] for e in parts[part]], args.max_length)
         classes[part] = np.array([labels.index(example["label"]) for example in parts[part]])
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     n_trained, n_all = (sum(parameter.numel() for parameter in some) for some in (trainable, model.parameters()))

@@ -106,11 +106,11 @@ BAD_DATA = [
         ["line 1", "'texts', 'labeled'", HC3_FIELDS, "text and label"],
     ),
     ("no fields", "{}\n", ["line 1", "none", HC3_FIELDS]),
-    ("answers that are a string", first(human_answers="text"), ["line 1", "answers", "list of strings"]),
-    ("answers that are numbers", first(chatgpt_answers=[1, 2]), ["line 1", "answers", "list of strings"]),
-    ("answers in nested lists", first(chatgpt_answers=[["a"]]), ["line 1", "answers", "list of strings"]),
-    ("answers that are an object", first(human_answers={"a": 1}), ["line 1", "answers", "list of strings"]),
-    ("NaN among the answers", first(human_answers=[float("nan")]), ["line 1", "answers", "list of strings"]),
+    ("answers that are a string", first(human_answers="text"), ["line 1", "human_answers", "list of strings"]),
+    ("answers that are numbers", first(chatgpt_answers=[1, 2]), ["line 1", "chatgpt_answers", "list of strings"]),
+    ("answers in nested lists", first(chatgpt_answers=[["a"]]), ["line 1", "chatgpt_answers", "list of strings"]),
+    ("answers that are an object", first(human_answers={"a": 1}), ["line 1", "human_answers", "list of strings"]),
+    ("NaN among the answers", first(human_answers=[float("nan")]), ["line 1", "human_answers", "list of strings"]),
     ("a question that is a number", first(question=5), ["line 1", "question", "string"]),
     ("a question that is null", first(question=None), ["line 1", "question", "string"]),
     ("one class only", jsonl(r | {"chatgpt_answers": []} for r in RECORDS), ["no text with the label chatgpt"]),
@@ -611,7 +611,7 @@ def test_refused_in_a_process(name, lay_out):
 
 def test_error_under_a_progress_bar(lay_out, capsys):
     """A run that fails on its way: the bar's line is ended first, so that the error has a line of its own."""
-    _, argv = lay_out({}, "train.py --learning_rate 2e9 --save_steps 0")
+    _, argv = lay_out({}, "train.py --learning_rate 1e30 --save_steps 0")
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         train.main(argv)
