@@ -4,7 +4,7 @@
     python data.py --data tests/sample.jsonl --model tests/tiny-qwen   # any file, any tokenizer, offline
     python data.py --data tests/sample.jsonl --audit                   # leaks and baselines (needs scikit-learn)
 
-The first downloads 4,617 questions and a tokenizer, once; each of the others takes about ten seconds.
+The first downloads 4,617 questions and a tokenizer, once; each of the others takes less than ten seconds.
 
 A batch is one row: its texts laid end to end, without padding. `position_ids` restart with every text, attention stays
 inside a text, and the classifier reads the hidden state of each text's last token. So there is no pad token to set,

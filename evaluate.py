@@ -7,7 +7,7 @@
     python evaluate.py --ckpt out/demo --merge out/merged             # adapter and base as one transformers model
     python evaluate.py --compare out/demo/predictions-test.jsonl out/audit/predictions-seed-1-3-grams.jsonl
 
-With README's demo each takes about ten seconds; the third downloads first, the last needs `data.py --audit`'s files.
+With README's demo each takes under ten seconds; the third downloads first, the last needs `data.py --audit`'s files.
 `run.json` in the checkpoint says what else is needed: base model, data, split and its hash, max_length, temperature,
 threshold. Results go to the checkpoint's folder (or --output_dir): eval-<name>.json, predictions-<name>.jsonl and, if
 matplotlib is installed, report-<name>.png.

@@ -4,8 +4,9 @@
     python prompt_baseline.py --replay tests/seed_replies.jsonl   # score saved replies, without a model
     python prompt_baseline.py --model tests/tiny-qwen --ckpt out/demo --method logprob   # on a checkpoint's test texts
 
-The first downloads the model once. The second gives the published 26 of 60. The third only shows that the code runs:
-the tiny base cannot chat. --output_dir gets replies.jsonl (for --replay) and predictions-prompt.jsonl (for --compare).
+The first downloads the model once. The second gives the published 26 of 60. The third needs README's demo, and only
+shows that the code runs: the tiny base was not trained to chat. --output_dir gets replies.jsonl (for --replay) and
+predictions-prompt.jsonl (for --compare).
 """
 
 import json

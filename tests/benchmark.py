@@ -1,6 +1,6 @@
 """Measure train.py and evaluate.py side by side with what one would run otherwise, on the machine at hand.
 
-    python tests/benchmark.py                                           # a tiny base: ten minutes on two CPU cores
+    python tests/benchmark.py                                           # a tiny base
     python tests/benchmark.py --size mid --texts 128 --only training    # a CPU where arithmetic outweighs all else
     python tests/benchmark.py --size 0.5b --texts 384 --batch_size 64   # a GPU; Qwen1.5-0.5B's shape, random weights
 

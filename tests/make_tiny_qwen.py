@@ -1,6 +1,6 @@
 """Pretrain the tests' base model, a Qwen2 causal LM of a few MB, on the HC3-Chinese answers it may see.
 
-    python tests/make_tiny_qwen.py --data medicine.jsonl nlpcc_dbqa.jsonl psychology.jsonl   # 45 minutes, 2 busy cores
+    python tests/make_tiny_qwen.py --data medicine.jsonl nlpcc_dbqa.jsonl psychology.jsonl
 
 Only answers to questions of the strict protocol's train part are read, so that its validation and test parts stay
 unseen by the base model too. Seeds and step count are fixed.

