@@ -115,6 +115,23 @@ def test_gradient_checkpointing_changes_nothing():
         torch.testing.assert_close(recomputed, plain, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_bf16_on_a_cpu_equals_fp32(window, kv_heads):
+    """Its matrix products give the outputs and gradients of PyTorch's kernel, up to the rounding of bf16."""
+    torch.manual_seed(0)
+    batch, results = data.pack([[1] * length for length in (5, 1, 33, 12)]), []
+    options = {"lengths": batch["lengths"], "cu_seqlens": batch["cu_seqlens"], "sliding_window": window}
+    states = [torch.randn(1, heads, 51, 32, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
+    for bf16 in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output, _ = data.packed_attention(None, *states, None, scaling=32**-0.5, **options)
+        assert output.dtype == (torch.bfloat16 if bf16 else torch.float32)
+        results.append([output.float(), *torch.autograd.grad(output.float().square().sum(), states)])
+    for rounded, exact in zip(*results, strict=True):
+        torch.testing.assert_close(rounded, exact, rtol=0, atol=0.05 * exact.abs().max().item())
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 96), min_size=1, max_size=20), min_size=1, max_size=8))
 def test_pack_can_be_unpacked(texts):
