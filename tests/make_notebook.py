@@ -1,4 +1,4 @@
-"""Make tests/kaggle.ipynb, README's Kaggle cells with the four scripts in them: python tests/make_notebook.py
+"""Make tests/kaggle.ipynb, README's Kaggle cells and some more, with the scripts: python tests/make_notebook.py
 
 Cells that need an input of yours or a second GPU are commented out. A test executes the file and compares it with what
 this command would write now.
@@ -13,6 +13,16 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "tests" / "kaggle.ipynb"
 SCRIPTS = ("data", "train", "evaluate", "prompt_baseline")
 OPTIONAL = ("/kaggle/input", "--num_processes 2", "for seed in")  # in cells that not everybody can or wants to run
+MORE = (  # optional cells of the notebook only: in the kernel, a checkpoint of an earlier session, two GPUs
+    """from train import main
+
+for seed in ("1", "2"):
+    main([*OPTIONS.split(), "--seed", seed, "--output_dir", f"seed-{seed}"])""",
+    """import evaluate
+
+evaluate.main(["--ckpt", "/kaggle/input/my-run/out"])""",
+    "!accelerate launch --multi_gpu --num_processes 2 train.py $OPTIONS --output_dir two",
+)
 TITLE = "# Human or ChatGPT? Fine-tune Qwen1.5 with LoRA\nTurn on a GPU (T4) and the internet, then run all cells."
 
 
@@ -24,7 +34,7 @@ def readme_cells():
 def notebook():
     """The notebook as a dict; each script is a %%writefile cell, in place of README's one cell for all four."""
     sources = []
-    for cell in readme_cells():
+    for cell in (*readme_cells(), *MORE):
         if cell.startswith("%%writefile"):
             texts = [(ROOT / f"{script}.py").read_text(encoding="utf-8").rstrip("\n") for script in SCRIPTS]
             sources += [f"%%writefile {script}.py\n{text}" for script, text in zip(SCRIPTS, texts, strict=True)]
