@@ -478,8 +478,7 @@ def rows_to_label(source):
 def label_file(args, load):
     """Label each row of a file, in order, into args.output. `load()` gives model, tokenizer and run.
 
-    Finished rows wait in a .partial file, whose name depends on the run and on the source: the same command, called
-    again, continues it.
+    Finished rows wait in a .partial file, which is named after run and source: the same command continues it.
     """
     source, output, count, prefix = args.predict, args.output, Counter(), ""
     if output.exists():
