@@ -598,9 +598,9 @@ def packed_attention(module, query, key, value, attention_mask, lengths, cu_seql
             k, v = (states.repeat_interleave(groups, 1) for states in (k, v))
             scores = q * scaling @ k.mT + torch.where(mask, 0.0, -math.inf).to(dtype)  # (1, heads, length, length)
             texts.append(scores.softmax(-1) @ v)
-            continue
-        options = {"attn_mask": mask, "is_causal": mask is None, "dropout_p": dropout, "scale": scaling}
-        texts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=groups > 1, **options))
+        else:
+            options = {"attn_mask": mask, "is_causal": mask is None, "dropout_p": dropout, "scale": scaling}
+            texts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=groups > 1, **options))
     return torch.cat(texts, dim=2).transpose(1, 2), None
 
 
