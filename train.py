@@ -4,8 +4,8 @@
     accelerate launch train.py --output_dir out/full     # the same, training every weight
     python train.py --lora --model tests/tiny-qwen --data tests/sample.jsonl --learning_rate 2e-3 --output_dir out/tiny
 
-The first two download model and data once; the third is offline and took 14 seconds on two CPU cores. Each leaves a
-checkpoint for `python evaluate.py --ckpt OUTPUT_DIR`. A run that was killed continues with --resume.
+The first two download model and data once; the third is offline and took 14 to 21 seconds on two CPU cores. Each leaves
+a checkpoint for `python evaluate.py --ckpt OUTPUT_DIR`. A run that was killed continues with --resume.
 
 The texts and the random numbers of a step follow from the seed, the step and the process's rank alone. So a resumed run
 equals an uninterrupted one. Without dropout, whose masks differ, accumulated micro-batches equal one large batch and
