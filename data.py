@@ -586,7 +586,7 @@ def packed_attention(module, query, key, value, attention_mask, lengths, cu_seql
     if kind == "cuda" and dtype != torch.float32 and not dropout and (varlen_attn := varlen_attention()):
         q, k, v = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))  # (T, heads, head_dim)
         bounds, size = (cu_seqlens, cu_seqlens, max(lengths), max(lengths)), (window - 1 if window else -1, 0)
-        return varlen_attn(q, k, v, *bounds, scale=scaling, window_size=size, enable_gqa=True)[None], None
+        return varlen_attn(q, k, v, *bounds, scale=scaling, window_size=size)[None], None
     # On a CPU in bf16 the gradient of PyTorch's kernel takes two to four times as long as that of matrix products.
     by_products = kind == "cpu" and dtype == torch.bfloat16 and torch.is_grad_enabled() and not dropout
     groups, texts = query.shape[1] // key.shape[1], []  # query heads for each key head
@@ -611,9 +611,11 @@ def varlen_attention():
         from torch.nn.attention.varlen import varlen_attn  # imported here: it costs more than a second
     except ImportError:
         return None
-    usable = {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)  # 2.12 and later
-    usable = usable and torch.backends.cuda.is_flash_attention_available()  # some builds lack it
-    return varlen_attn if usable and torch.cuda.get_device_capability() >= (8, 0) else None
+    options = inspect.signature(varlen_attn).parameters
+    usable = {"scale", "window_size"} <= options.keys() and torch.backends.cuda.is_flash_attention_available()
+    if not usable or torch.cuda.get_device_capability() < (8, 0):  # PyTorch before 2.11, a build without it, or a T4
+        return None
+    return functools.partial(varlen_attn, enable_gqa=True) if "enable_gqa" in options else varlen_attn
 
 
 def use_packed_attention(model):

@@ -13,6 +13,8 @@ SHARED = ROOT.parent / "shared"  # real data and the real tokenizer, where they 
 
 sys.path.insert(0, str(ROOT))
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+if "GPU_TESTS" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests everywhere, with or without a GPU; see test_gpu.py
 os.environ["OMP_NUM_THREADS"] = "1"  # two test files run at a time, and torch's threads would fight for the cores
 
 
