@@ -215,7 +215,8 @@ def make_accelerator(args, precision):
     # While the main process downloads, or checks its checkpoint, the others wait; NCCL would give up in ten minutes.
     patience, options = datetime.timedelta(hours=6), DistributedDataParallelKwargs(broadcast_buffers=False)
     handlers = [InitProcessGroupKwargs(timeout=patience), options]
-    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers)
+    # No compilation, whatever `accelerate config` says: new row lengths would compile anew, and weights be renamed.
+    accelerator = Accelerator(mixed_precision=precision, dynamo_backend="no", kwargs_handlers=handlers)
     kind, processes = accelerator.distributed_type, accelerator.num_processes
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise InputError(f"{kind.value} is not supported: launch with one or several plain GPUs")

@@ -582,10 +582,10 @@ def test_overwrite_with_an_unsuitable_model_deletes_nothing(small_data, lora_che
 
 
 def test_launched_by_accelerate(small_data, tmp_path):
-    """The way the README starts it; afterwards run.json alone tells evaluate.py everything."""
+    """The way the README starts it, also if the launcher asks for compilation; run.json tells evaluate.py the rest."""
     out = tmp_path / "out"
     launcher = ["-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "1", "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "inductor", "--dynamo_use_regional_compilation"]
     command = [sys.executable, *launcher, ROOT / "train.py", *arguments(small_data, out, "--lora", "--epochs", "1")]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
