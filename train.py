@@ -221,9 +221,11 @@ def make_accelerator(args, precision):
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise InputError(f"{kind.value} is not supported: launch with one or several plain GPUs")
     if int(os.environ.get("WORLD_SIZE", 1)) != processes:
-        raise InputError("the launched processes do not see each other: see 'Several processes' in README")
+        raise InputError("the launched processes do not see each other: see 'If something goes wrong' in README")
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        print("warning: one process runs; if you launched more, see 'Several processes' in README", file=sys.stderr)
+        print(
+            "warning: one process runs; if you launched more, see 'If something goes wrong' in README", file=sys.stderr
+        )
     if args.batch_size < processes:
         raise InputError(f"--batch_size {args.batch_size} counts over all processes: use {processes} or more")
     return accelerator

@@ -1,7 +1,7 @@
 """Make tests/kaggle.ipynb, README's Kaggle cells and some more, with the scripts: python tests/make_notebook.py
 
-Cells that need an input of yours or a second GPU are commented out. A test executes the file and compares it with what
-this command would write now.
+What is not in README is commented out. A test executes the file and compares it with what this command would write
+now.
 """
 
 import re
@@ -12,8 +12,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "tests" / "kaggle.ipynb"
 SCRIPTS = ("data", "train", "evaluate", "prompt_baseline")
-OPTIONAL = ("/kaggle/input", "--num_processes 2", "for seed in")  # in cells that not everybody can or wants to run
-MORE = (  # optional cells of the notebook only: in the kernel, a checkpoint of an earlier session, two GPUs
+OPTIONAL = (  # training in the kernel, a checkpoint of an earlier session, two GPUs
     """from train import main
 
 for seed in ("1", "2"):
@@ -34,14 +33,14 @@ def readme_cells():
 def notebook():
     """The notebook as a dict; each script is a %%writefile cell, in place of README's one cell for all four."""
     sources = []
-    for cell in (*readme_cells(), *MORE):
+    for cell in readme_cells():
         if cell.startswith("%%writefile"):
             texts = [(ROOT / f"{script}.py").read_text(encoding="utf-8").rstrip("\n") for script in SCRIPTS]
             sources += [f"%%writefile {script}.py\n{text}" for script, text in zip(SCRIPTS, texts, strict=True)]
-        elif any(words in cell for words in OPTIONAL):
-            sources.append("\n".join(f"# {line}".rstrip() for line in ["Optional:", *cell.split("\n")]))
         else:
             sources.append(cell)
+    for cell in OPTIONAL:
+        sources.append("\n".join(f"# {line}".rstrip() for line in ["Optional:", *cell.split("\n")]))
     cells = [nbformat.v4.new_markdown_cell(TITLE), *map(nbformat.v4.new_code_cell, sources)]
     for i, cell in enumerate(cells):
         cell["id"] = f"cell-{i}"  # else random, so that no two files would be equal

@@ -4,6 +4,17 @@
 
 Only answers to questions of the strict protocol's train part are read, so that its validation and test parts stay
 unseen by the base model too. Seeds and step count are fixed.
+
+With it and train.py --protocol strict --batch_size 16, on the three subsets (774 test texts; n-grams .986), test
+accuracy with the seeds 1, 2 and 3:
+
+    --lora --learning_rate 2e-3           .9858   .9871   .9884
+    every weight, --learning_rate 3e-4    .9884   .9858   .9922
+
+Trained with LoRA, the same rate and batch size on medicine's first 200 questions, tested on 400 texts of each other:
+
+    --protocol seed      nlpcc_dbqa .7800    psychology .9950
+    --protocol strict    nlpcc_dbqa .7300    psychology .8975
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """tests/kaggle.ipynb, cell by cell in a real Jupyter kernel: what somebody on Kaggle runs, and sees.
 
 The cells run as they stand, in an empty folder and offline. What a test must change is in `notebook` and nowhere else:
-optional cells are uncommented, /kaggle/input is a temporary folder, the two GPUs are two CPU processes, and a cell of
-the test's own makes training quick.
+optional cells and the offline options are uncommented, /kaggle/input is a temporary folder, the two GPUs are two CPU
+processes, and a line of the test's own makes training quick.
 """
 
 import asyncio
@@ -116,9 +116,11 @@ def notebook(tmp_path_factory):
     lines = SAMPLE.read_text(encoding="utf-8").splitlines()[:60]
     (inputs / "hc3" / "baike.jsonl").write_text("\n".join(lines), encoding="utf-8")
     pip, *scripts = notebook_cells()[: 1 + len(SCRIPTS)]
-    hubs, offline, commands, pictures, in_kernel, read_only, two_gpus = (
+    commands, in_kernel, read_only, two_gpus = (
         cell.replace("/kaggle/input", str(inputs)) for cell in notebook_cells()[1 + len(SCRIPTS) :]
     )
+    assert "\n# OPTIONS = " in commands and "\n!accelerate" in commands
+    commands = commands.replace("\n# OPTIONS", "\nOPTIONS").replace("\n!accelerate", f"\n{QUICK}\n!accelerate")
     environment = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PIP_NO_INDEX": "1",
@@ -141,11 +143,7 @@ def notebook(tmp_path_factory):
         it.pip_code = book.run("print(_exit_code)")
         for script in scripts:
             book.run(script)
-        book.run(hubs)
-        book.run(offline)
-        book.run(QUICK)
         it.commands = book.run(commands)
-        it.pictures = book.run(pictures)
         it.in_kernel = book.run(in_kernel)
         it.held = book.run(HELD)
 
@@ -192,7 +190,8 @@ def test_commands(notebook):
 
 
 def test_pictures_are_shown(notebook):
-    assert ["image/png" in output.data for output in notebook.pictures.outputs] == [True, True]
+    shown = [output.data for output in notebook.commands.outputs if output.output_type == "display_data"]
+    assert ["image/png" in data for data in shown] == [True, True]
 
 
 @pytest.mark.parametrize(("cell", "runs"), [("commands", 1), ("in_kernel", 2)])

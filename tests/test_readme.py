@@ -37,7 +37,7 @@ def test_same_commands_in_both_languages():
     english, chinese = (
         [re.sub(r" +# .*$", "", block, flags=re.M) for block in blocks(TEXTS[name])] for name in READMES
     )
-    assert english == chinese and len(english) > 10  # comments may be translated
+    assert english == chinese and len(english) >= 10  # comments may be translated
     assert sorted(commands(TEXTS[READMES[0]])) == sorted(commands(TEXTS[READMES[1]]))
 
 
