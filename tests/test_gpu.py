@@ -121,7 +121,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(precision, tmp_path, monke
         train.main(arguments(tmp_path / "resumed", *options))
     train.main(arguments(tmp_path / "resumed", *options, "--resume"))
     whole, resumed = losses_of(tmp_path / "whole"), losses_of(tmp_path / "resumed")
-    print("bit-equal:", whole == resumed)
     assert_near(resumed, whole, TOLERANCE[precision] / 5)
 
 
