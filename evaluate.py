@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 import time
+import unicodedata
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -333,14 +334,20 @@ def compare(paths):
     return table
 
 
+def columns_of(text):
+    """How many columns of a terminal a text takes: a Chinese character takes two."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
 def print_report(result):
     """The figures of `metrics` as a terminal table."""
     names = list(result["per_class"])
-    print(f"\n{'':12} {'precision':>9} {'recall':>9} {'F1':>9} {'texts':>7}   predicted {'  '.join(names)}")
+    width = max(12, *map(columns_of, names))
+    print(f"\n{'':{width}} {'precision':>9} {'recall':>9} {'F1':>9} {'texts':>7}   predicted {'  '.join(names)}")
     for (name, row), counts in zip(result["per_class"].items(), result["confusion"], strict=True):
-        cells = "  ".join(f"{count:{len(other)}}" for count, other in zip(counts, names, strict=True))
+        cells = "  ".join(f"{count:{columns_of(other)}}" for count, other in zip(counts, names, strict=True))
         figures = [f"{'-':>9}" if row[key] is None else f"{row[key]:9.4f}" for key in ("precision", "recall", "f1")]
-        print(f"{name:12} {' '.join(figures)} {row['n']:7}{'':13}{cells}")
+        print(f"{name}{'':{width - columns_of(name)}} {' '.join(figures)} {row['n']:7}{'':13}{cells}")
     low, high = result["accuracy_interval"]
     print(f"accuracy {result['accuracy']:.4f}, 95 % interval {low:.4f} to {high:.4f}", end="")
     print(f"; always predicting the largest class: {result['largest_class_accuracy']:.4f}")

@@ -76,6 +76,18 @@ def test_absent_class_has_no_figures(capsys):
     assert "always predicting the largest class: 0.9900" in printed and "macro-F1 0.4975" in printed
 
 
+def test_table_lines_up_with_chinese_names(capsys):
+    """A terminal gives a Chinese character two columns, also in the head of the confusion matrix."""
+    classes, logits = np.array([0, 1, 2] * 4), np.eye(3, dtype=np.float32)[[0, 1, 1] * 4]
+    names = ("正面", "负面评价很长的一个名字", "neutral")
+    result = metrics_of(classes, logits, np.arange(12), names=names)
+    evaluate.print_report(result | {"confident_errors": []})
+    table = [re.sub(r"([\u4e00-\u9fff])", r"\1.", line) for line in capsys.readouterr().out.splitlines()[1:5]]
+    ends = [[cell.end() for cell in re.finditer(r"\S+", line)] for line in table]
+    assert ends[0][3] == ends[1][4] == ends[2][4] == ends[3][4]  # texts
+    assert ends[0][-3:] == ends[1][-3:] == ends[2][-3:] == ends[3][-3:]  # predicted
+
+
 def test_calibration_error_by_definition():
     """Fifteen equal bins of confidence; the gap of each, weighted by its texts."""
     labels, logits, _ = random_case(5, 400)
