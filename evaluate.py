@@ -307,11 +307,11 @@ def mcnemar(wins, losses):
 
 
 def compare(paths):
-    """Print, for each pair of prediction files, accuracies, their difference with interval, McNemar's p; return them.
+    """Print, for each pair of prediction files, their accuracies, the difference with its interval, and McNemar's p.
 
     Raises InputError if the files are not about the same texts.
     """
-    runs, table = [], []
+    runs = []
     for path in paths:
         with data.refusing(f"{path} is not a predictions file", (ValueError, KeyError, TypeError, RecursionError)):
             lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
@@ -328,10 +328,6 @@ def compare(paths):
         for path, accuracy, only in ((first, right.mean(), wins), (second, other_right.mean(), losses)):
             print(f"{accuracy:.4f}  {path}  ({len(texts)} texts, {only} of them correct only in this run)")
         print(f"difference {difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}, McNemar p {p:.3g}\n")
-        row = {"difference": difference, "interval": [low, high], "p": p}
-        row |= {"accuracies": [right.mean(), other_right.mean()]}
-        table.append(row | {"only_first_right": wins, "only_second_right": losses})
-    return table
 
 
 def columns_of(text):
@@ -586,8 +582,7 @@ def merge(args, run):
 def main(argv=None):
     args = parse_args(argv)
     if args.compare:
-        compare(args.compare)
-        return
+        return compare(args.compare)
     run = read_run(args.ckpt)
     data.choose_precision(args.mixed_precision)
     if args.merge:
